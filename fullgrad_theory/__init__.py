@@ -1,0 +1,49 @@
+"""FullGrad-completeness: trace a model, find what breaks it, derive the mend, prove and apply it.
+
+report = check_completeness(model)                  # of the gradient as it is
+report = check_completeness(model, policy="libra")  # with that policy's edits
+balanced = balance(model)                           # same forward bit for bit, edited backward
+parts = fullgrad(balanced, x, target=3)             # the logit, split into its contributions
+"""
+
+from .balance import Balanced, balance
+from .check import check_completeness
+from .degrees import Degrees, degrees
+from .derive import derive_rules
+from .errors import FullgradError
+from .fullgrad import FullGrad, fullgrad
+from .operators import Algebra, register
+from .plan import Plan
+from .policies import Policy, policies, policy
+from .report import EndToEnd, IncompleteError, NodeReport, Report, Verdict
+from .rules import FreezeScale, Prune, Scale, Secant
+from .trace import ComputationGraph, trace
+
+__all__ = [
+    "Algebra",
+    "Balanced",
+    "ComputationGraph",
+    "Degrees",
+    "EndToEnd",
+    "FreezeScale",
+    "FullGrad",
+    "FullgradError",
+    "IncompleteError",
+    "NodeReport",
+    "Plan",
+    "Policy",
+    "Prune",
+    "Report",
+    "Scale",
+    "Secant",
+    "Verdict",
+    "balance",
+    "check_completeness",
+    "degrees",
+    "derive_rules",
+    "fullgrad",
+    "policies",
+    "policy",
+    "register",
+    "trace",
+]

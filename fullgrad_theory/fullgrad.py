@@ -1,0 +1,215 @@
+"""FullGrad attribution: what the input and every bias leaf contribute to an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from . import backward
+from .balance import Balanced, balance
+from .bias import bias_map, leaf_names
+from .degrees import Degrees, degrees
+from .errors import InputError
+from .trace import ComputationGraph, Inputs, Model, split_inputs, tensor_value
+
+OnBias = Callable[[str, Tensor, Tensor], None]
+
+
+class Run(fx.Interpreter):
+    """Runs a (rewritten) graph with gradients, its sources being leaves of their own.
+
+    `on_bias(node, g, B)` is called during the backward with the cotangent g at every node where
+    bias leaves enter and what they add there, B = J_b b.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, graph: ComputationGraph, labels: Degrees, on_bias: OnBias
+    ) -> None:
+        super().__init__(module)
+        self.original, self.labels, self.on_bias = graph.nodes, labels, on_bias
+        self.sources: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.labels.live.sources:
+            value = value.detach().requires_grad_()
+            self.sources[n.name] = value
+        elif n.name in self.labels.biases and n.name in self.labels.alive:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self._watch(n, original_args(n, args), kwargs, value)
+        return value
+
+    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        output = value[0] if isinstance(value, (tuple, list)) else value
+        if not output.requires_grad:
+            return
+        call = self.labels.live.calls[n.name]
+        added = bias_map(self.original[n.name], call, args, kwargs, output.detach())
+        output.register_hook(lambda g: self.on_bias(n.name, g.detach(), added))
+
+
+def original_args(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A rewritten node's arguments as the ATen operation takes them."""
+    return args[1:] if node.target is backward.secant else args
+
+
+def finite_products(g: Tensor, value: Tensor) -> Tensor:
+    """g * value, where a mask's infinite constant counts nothing: it restricts, it adds nothing."""
+    products = g * value
+    if bool(torch.isfinite(products.sum())):
+        return products
+    return products.masked_fill(~torch.isfinite(value).expand_as(products), 0.0)
+
+
+def inner(g: Tensor, value: Tensor) -> float:
+    """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above."""
+    g, value = g.detach(), value.detach()
+    if g.shape == value.shape:
+        total = torch.dot(g.reshape(-1), value.reshape(-1).to(g))
+    else:
+        total = (g * value).sum()
+    return float(total if bool(torch.isfinite(total)) else finite_products(g, value).sum())
+
+
+@dataclass(frozen=True)
+class FullGrad:
+    """Contributions to the target. `input`: of the inputs' shape (a tuple where there are several);
+    `biases`: leaf -> map of the shape of the node it enters; `output`, `total`, `error` (relative)
+    have shape (batch,), or () where the batch dimension is not open."""
+
+    input: Tensor | tuple[Tensor, ...]
+    biases: Mapping[str, Tensor]
+    output: Tensor
+    total: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """|output - total| / |output|."""
+        return (self.output - self.total).abs() / self.output.abs()
+
+
+def fullgrad(
+    model: Model | Balanced, inputs: Inputs = None, target: int | Sequence[int] | None = None
+) -> FullGrad:
+    """Split an output into contributions of input and bias leaves (Srinivas & Fleuret 2019).
+
+    `model`: a balanced model, or any model for its plain gradient. `target`: an index (or one a
+    dimension) into the output behind the batch dimension, for all samples; None: the largest.
+    Raises `InputError` for a target out of range.
+    """
+    balanced = model if isinstance(model, Balanced) else balance(model, inputs, "plain")
+    graph = balanced.graph
+    if graph is None:
+        raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
+    args, kwargs = split_inputs(graph.model, inputs)
+    labels = degrees(graph, balanced.plan.edits)
+    batch_dims = {name: _batch_dim(graph, name) for name in labels.biases}
+    size = next(t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    if graph.dynamic and size > 1 and None in batch_dims.values():
+        parts = []
+        for index in range(size):
+            one, named = _sample(args, kwargs, index)
+            parts.append(_split(balanced.fx, graph, labels, one, named, target, batch_dims))
+        return _join(parts)
+    return _split(balanced.fx, graph, labels, args, kwargs, target, batch_dims)
+
+
+def _sample(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return pytree.tree_map_only(Tensor, lambda t: t[index : index + 1], (args, kwargs))
+
+
+def _join(parts: Sequence[FullGrad]) -> FullGrad:
+    def cat(*tensors: Any) -> Any:
+        return tuple(map(cat, *tensors)) if isinstance(tensors[0], tuple) else torch.cat(tensors)
+
+    return FullGrad(
+        cat(*(p.input for p in parts)),
+        {name: cat(*(p.biases[name] for p in parts)) for name in parts[0].biases},
+        cat(*(p.output for p in parts)),
+        cat(*(p.total for p in parts)),
+    )
+
+
+def _batch_dim(graph: ComputationGraph, name: str) -> int | None:
+    """The dimension of a node's output that is the batch, None where it is folded into another."""
+    first = tensor_value(graph.placeholders[0])
+    value = graph.nodes[name].meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    if first is None or value is None or isinstance(first.shape[0], int):
+        return None
+    fitting = [i for i, s in enumerate(value.shape) if str(s) == str(first.shape[0])]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _split(
+    module: fx.GraphModule,
+    graph: ComputationGraph,
+    labels: Degrees,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    target: int | Sequence[int] | None,
+    batch_dims: Mapping[str, int | None],
+) -> FullGrad:
+    maps: dict[str, Tensor] = {}
+    run = Run(module, graph, labels, lambda name, g, b: maps.update({name: finite_products(g, b)}))
+    with torch.enable_grad():
+        flat = pytree.tree_leaves(
+            run.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
+        )
+        chosen = _choose(next(t for t in flat if isinstance(t, Tensor)), target)
+        given = list(run.sources.values())
+        grads = torch.autograd.grad(chosen.sum(), given, allow_unused=True)
+    inputs = tuple(
+        torch.zeros_like(x) if g is None else (g * x).detach()
+        for g, x in zip(grads, given, strict=True)
+    )
+    output = chosen.detach()
+    separate = graph.dynamic and output.dim() > 0 and output.shape[0] > 1
+    total = sum((_summed(i, 0 if separate else None) for i in inputs), output.new_zeros(()))
+    for name, parts in maps.items():
+        total = total + _summed(parts, batch_dims[name] if separate else None)
+    if not separate:
+        output = output.sum() if output.numel() > 1 else output
+        total = total.reshape(output.shape)
+    names = _leaf_labels(graph, labels, maps)
+    ordered = {names[n]: maps[n] for n in labels.biases if n in maps}
+    return FullGrad(inputs[0] if len(inputs) == 1 else inputs, ordered, output, total)
+
+
+def _summed(parts: Tensor, batch: int | None) -> Tensor:
+    """The sum over all dimensions but the batch one."""
+    return parts.sum() if batch is None else parts.movedim(batch, 0).flatten(1).sum(1)
+
+
+def _leaf_labels(
+    graph: ComputationGraph, labels: Degrees, maps: Mapping[str, Tensor]
+) -> dict[str, str]:
+    names = {n: leaf_names(graph.nodes[n], labels.live.calls[n]) for n in maps}
+    once = {label for label in names.values() if list(names.values()).count(label) == 1}
+    return {n: label if label in once else f"{label} @ {n}" for n, label in names.items()}
+
+
+def _choose(output: Tensor, target: int | Sequence[int] | None) -> Tensor:
+    """The target's value per sample, shape (batch,)."""
+    if output.dim() == 0:
+        return output
+    rest = output.shape[1:]
+    if target is None:
+        return output.flatten(1).amax(1) if output.dim() > 1 else output
+    index = (target,) if isinstance(target, int) else tuple(target)
+    bad = len(index) != len(rest) or any(not -s <= i < s for i, s in zip(index, rest, strict=False))
+    if bad:
+        raise InputError(
+            f"target {target} is out of range for an output of shape {tuple(output.shape)}: one "
+            f"index below {tuple(rest)} for each dimension behind the batch"
+        )
+    for i in index:
+        output = output[:, i]
+    return output

@@ -1,0 +1,48 @@
+"""A progress bar for what takes longer than two seconds; silent where there is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Timer
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Tick = Callable[[str, int, int], None]
+"""Told (stage, done, total) as work goes on; a total of 0 means that nobody knows."""
+
+
+@contextmanager
+def progress(label: str, after: float = 2.0, console: Console | None = None) -> Iterator[Tick]:
+    """`with progress("check") as tick: tick("nodes", 3, 400)`.
+
+    The bar goes to stderr, only on a terminal, `after` seconds from now, and leaves no trace when
+    the block ends.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task(label, total=None)
+
+    def tick(stage: str, done: int, total: int) -> None:
+        bar.update(task, description=f"{label}: {stage}", completed=done, total=total or None)
+
+    timer = Timer(after, bar.start)  # not at a tick: the first stage may be the long one
+    timer.daemon = True
+    timer.start()
+    try:
+        yield tick
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()

@@ -1,0 +1,162 @@
+"""The house rules, as tests: style, types, who imports whom, and documents that do not lie."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"$ {' '.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+def tool(name: str) -> str:
+    """A command line tool of the environment the tests run in."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    assert found, f"{name} is not installed: pip install -e '.[test]'"
+    return found
+
+
+def test_ruff_finds_nothing() -> None:
+    run(tool("ruff"), "check", ".")
+
+
+def test_ruff_would_format_nothing() -> None:
+    run(tool("ruff"), "format", "--check", ".")
+
+
+def test_types(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path))
+
+
+def test_rooms_import_only_rooms_before_them() -> None:
+    run(tool("lint-imports"), "--no-cache")
+
+
+def test_every_module_has_a_docstring() -> None:
+    bare = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "fullgrad_theory").rglob("*.py")
+        if not path.read_text().startswith('"""')
+    ]
+    assert not bare
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "fullgrad_theory" / "py.typed").exists()
+
+
+def test_public_names_exist() -> None:
+    import fullgrad_theory
+
+    missing = [n for n in fullgrad_theory.__all__ if not hasattr(fullgrad_theory, n)]
+    assert not missing
+
+
+# --------------------------------------------------------------------------- documents
+
+
+def shell_blocks(document: Path) -> list[str]:
+    return re.findall(r"```(?:sh|bash|console)\n(.*?)```", document.read_text(), flags=re.S)
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    assert "fullgrad-theory check vit_tiny_patch16_224" in screen
+    assert "python -m pytest" in screen
+    assert screen.count("python3 -m venv .venv && ") == 2
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, ".ci/run is not executable"
+    text = script.read_text()
+    assert "set -euo pipefail" in text
+    commands = [
+        line
+        for block in shell_blocks(ROOT / "README.md")
+        for line in block.splitlines()
+        if "-m pytest" in line
+    ]
+    assert commands and commands[0] in text.splitlines()
+
+
+def test_constraints_hold_versions_only_and_cover_what_is_needed() -> None:
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    pinned = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines]
+    assert all(pinned), "a line is not name==version"
+    names = {m[1].lower() for m in pinned if m}
+    project = PROJECT["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["test"]
+    wanted = {re.split(r"[<>=!~ ]", requirement)[0] for requirement in needed}
+    assert wanted <= names
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        (f"{document.name}-{index}", block)
+        for document in documents
+        for index, block in enumerate(
+            re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S)
+        )
+    ]
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=name) for name, b in python_blocks()])
+def test_python_in_the_documents_runs(block: str, tmp_path: Path) -> None:
+    """Each block stands by itself, in a process of its own (one registers an operation)."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_within_the_documents_exist() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    dead = [
+        f"{document.name}: {target}"
+        for document in documents
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
+        if not (document.parent / target).exists()
+    ]
+    assert not dead
+
+
+def test_no_machine_is_named() -> None:
+    """Neither a path of one machine nor the address of a registry is in the repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    telling = re.compile(r"/(?:home|Users|root|work|opt)/\w|--(?:extra-)?index-url|--find-links")
+    found = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path == Path(__file__).resolve() or not path.is_file() or path.suffix in {".png", ".pt"}:
+            continue
+        text = path.read_text(errors="replace")
+        found += [f"{name}: {m[0]}" for m in telling.finditer(text)]
+    assert not found

@@ -1,0 +1,46 @@
+"""The progress bar: late, on a terminal only, and gone afterwards."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+
+from rich.console import Console
+
+from fullgrad_theory.progress import progress
+
+
+def run(seconds: float, after: float, terminal: bool) -> str:
+    page = io.StringIO()
+    console = Console(file=page, force_terminal=terminal, width=80)
+    with progress("check", after, console) as tick:
+        tick("nodes", 3, 10)
+        time.sleep(seconds)
+        tick("nodes", 10, 10)
+    return page.getvalue()
+
+
+def test_a_short_run_shows_nothing() -> None:
+    before = threading.active_count()
+    assert run(0.0, after=30.0, terminal=True) == ""
+    assert threading.active_count() == before
+
+
+def test_a_long_run_shows_its_stage_and_clears_the_line() -> None:
+    shown = run(0.5, after=0.05, terminal=True)
+    assert "check: nodes" in shown and "3/10" in shown
+    assert shown.endswith("\x1b[2K")
+
+
+def test_no_terminal_no_bar() -> None:
+    assert run(0.2, after=0.0, terminal=False) == ""
+
+
+def test_an_error_passes_through() -> None:
+    try:
+        with progress("check", 0.0, Console(file=io.StringIO(), force_terminal=True)):
+            raise KeyError("x")
+    except KeyError:
+        return
+    raise AssertionError("swallowed")
