@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ def rewrite(
                 node.target in (aten.scaled_dot_product_attention.default, backward.attention)
             ):
                 node.target = backward.attention
+            elif node.target is operator.getitem:  # what it picks from may be no tensor
+                with copied.inserting_after(node):
+                    picked = copied.call_function(aten.detach.default, (node,))
+                picked.meta = {k: v for k, v in node.meta.items() if k == "val"}
+                node.replace_all_uses_with(picked, lambda user, new=picked: user is not new)
             else:
                 _wrap_edge(copied, node, edit.argument, aten.detach.default)
         elif isinstance(edit, Scale) and edit.argument is not None:

@@ -6,6 +6,7 @@ parameter can be coefficient and bias at once; so the contribution is taken at t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .operators.base import bias_operands, polynomial
 
 aten = torch.ops.aten
 _BROADCAST_LAST = {"aten.linear.default", "aten.layer_norm.default"}
+_DISTANCES = {"aten.cdist.default", "aten.dist.default", "aten.hypot.default"}
 _BROADCAST_CHANNEL = {
     "aten.conv1d.default",
     "aten.conv1d.padding",
@@ -36,7 +38,8 @@ def bias_map(
     """J_b b at one call, broadcastable to `output`, from the call's runtime arguments.
 
     Affine and multilinear operations are evaluated with live operands at 0; a selection (clamp,
-    maximum) contributes where the chosen value is no live operand; a secant contributes f(0).
+    maximum) contributes where the chosen value is no live operand; a secant contributes f(0); a
+    distance its derivative along the constant.
     """
     name = call.operator.name
     values = _runtime(node, call, args, kwargs)
@@ -50,6 +53,11 @@ def bias_map(
             channels = [1] * output.dim()
             channels[-output.dim() + 1 if output.dim() > 1 else 0] = -1
             return values["bias"].reshape(channels)
+        if name in _DISTANCES:
+            (fixed,) = bias_operands(call)
+            return _tangent(
+                lambda u: _call(node, call, args, kwargs, {fixed: u}), values[fixed], output
+            )
         if call.operator.algebra is Algebra.HOMOGENEOUS:
             live = [values[n] for n in sorted(call.moving) if isinstance(values[n], Tensor)]
             if name == "aten.softshrink.default":
@@ -60,6 +68,16 @@ def bias_map(
         factors = {n for r in relations for term in r.terms for n, power in term if power > 0}
         zeroed = {n: torch.zeros_like(values[n]) for n in factors}
         return _call(node, call, args, kwargs, zeroed)
+
+
+def _tangent(function: Callable[[Tensor], Tensor], value: Tensor, output: Tensor) -> Tensor:
+    """J u at u = `value`, by differentiating the linear map c -> J^T c: not all have forward AD."""
+    with torch.enable_grad():
+        u = value.detach().clone().requires_grad_()
+        c = torch.zeros_like(output).requires_grad_()
+        (pulled,) = torch.autograd.grad(function(u), u, c, create_graph=True)
+        (tangent,) = torch.autograd.grad(pulled, c, value.detach())
+    return tangent
 
 
 def _runtime(

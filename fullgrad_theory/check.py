@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -235,9 +236,13 @@ class _Audit:
             sound = self.verdicts[name] in (Verdict.PROVED, Verdict.NUMERIC)
             if sound and not error <= LOCAL_TOLERANCE:
                 self.verdicts[name] = Verdict.UNKNOWN
+                what = self.graph.describe(name)
                 self.problems.append(
-                    f"{self.graph.describe(name)}: its lemma says consistent, its backward misses "
-                    f"by {error:.1e}; an error of this library, please report it"
+                    f"{what}: its lemma says consistent, its backward misses by {error:.1e}; an "
+                    "error of this library, please report it"
+                    if isfinite(error)
+                    else f"{what}: its gradient is not finite at these inputs (infinity times "
+                    "zero, as of a square root at 0), so nothing adds up behind it"
                 )
             elif not sound and error <= LOCAL_TOLERANCE:
                 self.reasons[name] += " (no witness at these inputs)"
@@ -277,6 +282,7 @@ class _Audit:
             through_input, value_own = found_own or (through_input, value_own)
         through_biases = sum(biases.values())
         absolute = abs(value_own - through_input - through_biases)
+        absolute = absolute if absolute == absolute else float("inf")  # nan: 0 times infinity
         found = EndToEnd(
             where,
             "float64",

@@ -99,8 +99,9 @@ def liveness(graph: ComputationGraph) -> Liveness:
                     refused = found.refuses(call.arguments) if found.refuses else None
                     if refused:
                         raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
-                    calls[node.name] = call
-                    state = _result(found, node, call, states)
+                    if call.moving:  # else the input lends a shape
+                        calls[node.name] = call
+                        state = _result(found, node, call, states)
         states[node.name] = state
     if unknown:
         lines = [
@@ -128,7 +129,9 @@ def _call(op: Operator, node: fx.Node, states: Mapping[str, tuple[State, ...]]) 
     moving = frozenset(
         o.name
         for o in every
-        if o.node is not None and _most(states[o.node.name]) is not State.CONSTANT
+        if o.node is not None
+        and o.name not in op.shapes
+        and _most(states[o.node.name]) is not State.CONSTANT
     )
     return Call(op, every, arguments, moving)
 
@@ -228,6 +231,7 @@ class Degrees:
 
 @dataclass
 class _Pass:
+    alive: frozenset[str]
     facts: dict[str, tuple[Fact, ...]] = field(default_factory=dict)
     seen: dict[str, dict[str, Fraction]] = field(default_factory=dict)
     biases: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -242,14 +246,15 @@ def degrees(
     live = live or liveness(graph)
     findings: dict[str, Finding] = {}
     by_node = _by_node(edits)
+    pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
+    states = _sweep(graph, live, by_node, findings, frozenset()).facts
+    alive = _alive(graph, states, live, pruned)
     while True:
-        result = _sweep(graph, live, by_node, findings)
+        result = _sweep(graph, live, by_node, findings, alive)
         new = {n: f for n, f in result.blamed.items() if n not in findings}
         if not new:
             break
         findings |= new
-    pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
-    alive = _alive(graph, result.facts, live, pruned)
     return Degrees(
         result.facts,
         result.seen,
@@ -273,8 +278,10 @@ def _sweep(
     live: Liveness,
     edits: Mapping[str, list[Edit]],
     findings: Mapping[str, Finding],
+    alive: frozenset[str],
 ) -> _Pass:
-    sweep = _Pass()
+    """One pass over the graph; only what is `alive` is to blame for anything."""
+    sweep = _Pass(alive)
     for node in graph.fx.graph.nodes:
         call = live.calls.get(node.name)
         if node.name in live.sources:
@@ -380,7 +387,7 @@ def _judge(
             else f"adds a constant to a value of degree {natural}"
         )
         blame = frozenset() if call.eps else _origins(relation, seen)
-    if reason:
+    if reason and node.name in sweep.alive:
         if blame - findings.keys():
             for name in blame - findings.keys():
                 sweep.blamed[name] = Finding(
@@ -458,6 +465,6 @@ def _alive(
         if node.name not in alive or call is None or node.name in live.sources:
             continue
         for operand in call.operands:
-            if operand.node is not None and (node.name, operand.name) not in pruned:
-                reach(operand.node)
+            if operand.name in call.moving and (node.name, operand.name) not in pruned:
+                reach(operand.node)  # type: ignore[arg-type]
     return frozenset(alive)

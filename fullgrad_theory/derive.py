@@ -7,21 +7,23 @@ be 1 (the residual stream); the pieces are solved one by one, repeated ones once
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice
 from math import lcm
 
 from ortools.sat.python import cp_model
 from torch import fx
 
 from .degrees import Degrees, Liveness, State, degrees, liveness
-from .errors import NoPlanError
+from .errors import InputError, NoPlanError, PolicyError
 from .operators import Algebra, Call, Relation, target_name
-from .plan import Plan, fingerprint
-from .policies import Policy, policy
+from .plan import Plan, compress, fingerprint
+from .policies import Policy, policy, within
 from .rules import NODE_EDITS, Edit, Prune, Scale
 from .trace import ComputationGraph, Inputs, Model, module_path, trace
 
@@ -42,15 +44,26 @@ def derive_rules(
     inputs: Inputs = None,
     policy: str | Policy = "libra",
     *,
+    alternatives: int = 0,
     effort: float = 10.0,
 ) -> Plan:
     """The least-cost plan that makes a model, a layer or a traced graph complete under a policy.
 
+    `alternatives`: how many further plans to look for, the next cheapest ones, as the plan's
+    `alternatives`; each needs all of its edits, and gives another gradient than the rest.
     `effort` bounds the search per piece, about seconds but counted in deterministic steps: the same
     graph gives the same plan, and beyond it the best one so far with `optimal=False`.
-    Raises `NoPlanError` naming the obstacle, `UnknownNameError`, and what `trace` raises.
+    Raises `NoPlanError` naming the obstacle, `UnknownNameError`, `PolicyError`, `InputError` for
+    alternatives to a partial policy, and what `trace` raises.
     """
     chosen = _policy(policy)
+    if alternatives < 0 or (alternatives and not chosen.complete):
+        raise InputError(
+            f"alternatives={alternatives}: expected a number from 0 up"
+            if alternatives < 0
+            else f"policy {chosen.name!r} is partial, and alternatives are plans that leave "
+            "nothing incomplete; take a complete policy, such as 'libra'"
+        )
     graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
     live = liveness(graph)
     before = degrees(graph, (), live)
@@ -59,17 +72,42 @@ def derive_rules(
             f"no output of {graph.name} carries gradient: all of them are constant, detached, "
             "rounded or compared; judge a value from before that"
         )
-    if not before.findings or chosen.idle:
-        return _plan(graph, chosen, before, before, (), True)
+    _find_modules(graph, chosen)
     problem = _Problem(graph, live, chosen)
-    edits, obstacles, optimal = _solve_pieces(problem, effort)
+    if not before.findings or chosen.idle:
+        return _plan(problem, before, before, (), True)
+    pieces = _solve_pieces(problem, alternatives, effort)
+    edits, obstacles = pieces.edits()
     after = degrees(graph, edits, live)
     if obstacles:
         raise _no_plan(problem, after, obstacles)
-    if chosen.complete and after.findings:
+    best = _plan(problem, before, _judged(problem, edits, after), edits, pieces.optimal)
+    others = []
+    for choice in islice(pieces.next_best(), alternatives):
+        edits, _ = pieces.edits(choice)
+        after = _judged(problem, edits, degrees(graph, edits, live))
+        others.append(_plan(problem, before, after, edits, pieces.searched))
+    return replace(best, alternatives=tuple(others), stopped=not pieces.searched)
+
+
+def _judged(problem: _Problem, edits: Iterable[Edit], after: Degrees) -> Degrees:
+    """The labelling as `degrees` has it, which knows nothing of the search."""
+    if problem.policy.complete and after.findings:
+        graph = problem.graph
         reasons = "; ".join(f"{graph.describe(n)}: {f.reason}" for n, f in after.findings.items())
         raise AssertionError(f"error of the library: the plan derived leaves {reasons}")
-    return _plan(graph, chosen, before, after, edits, optimal)
+    return after
+
+
+def _find_modules(graph: ComputationGraph, policy: Policy) -> None:
+    """Raise where a module that is to be kept is none of this graph's."""
+    paths = dict.fromkeys(filter(None, map(module_path, graph.nodes.values())))
+    for pattern in policy.keep:
+        if not any(within(path, pattern) for path in paths):
+            raise PolicyError(
+                f"policy {policy.name!r} keeps {pattern!r}, and {graph.name} has no such module; "
+                f"its modules: {', '.join(compress(paths)[:12]) or 'none'}"
+            )
 
 
 _policy = policy  # `derive_rules` has a parameter of that name
@@ -91,17 +129,18 @@ class Option:
 class Site:
     """A node of the labelling problem. It holds no names, so that equal layers are equal pieces.
 
-    `operands`: argument -> the value it reads, None where that is frozen. `live`: which outputs
-    carry gradient; `small`: whose degree can only be 0 or 1. `leave`: the cost of leaving it.
+    `operands`: argument -> the value it reads, None where that is frozen; `prune`: the cost of
+    pruning each, None where that is not looked at. `live`: which outputs carry gradient; `small`:
+    whose degree can only be 0 or 1. `leave`: the cost of leaving it.
     """
 
     options: tuple[Option, ...]
     operands: tuple[tuple[str, Ref | None], ...]
+    prune: tuple[int | None, ...]
     live: tuple[bool, ...]
     small: tuple[bool, ...]
     leave: int | None
     eps: bool
-    prunable: bool
     must_be_one: bool = False
 
     @property
@@ -160,6 +199,17 @@ class _Problem:
             return None
         return INPUT if operand.name in self.live.sources else (operand.name, item)
 
+    def prune_cost(self, name: str, argument: str) -> int | None:
+        """What pruning an edge costs, by the operation whose value it holds fixed."""
+        value = next(o.node for o in self.live.calls[name].operands if o.name == argument)
+        modules = {module_path(self.graph.nodes[name])}
+        while value is not None and (call := self.live.calls.get(value.name)):
+            modules.add(module_path(value))
+            if call.operator.algebra is not Algebra.STRUCTURAL or len(call.moving) != 1:
+                return self.policy.prune_cost(call.operator, modules)
+            value = next(o.node for o in call.operands if o.name in call.moving)
+        return self.policy.prune_cost(None, modules)
+
     @cached_property
     def sites(self) -> dict[str, Site]:
         operands = {name: self._operands(name) for name in self.names}
@@ -176,14 +226,15 @@ class _Problem:
                 small[name, i] = all(_is_small(o.relations[i], refs, small) for o in options)
             # the only edge into a node that is read once: pruning the reader's edge is the same
             meets = len([r for r in refs.values() if r]) > 1 or uses[name] != 1
+            prices = tuple(self.prune_cost(name, argument) for argument, _ in operands[name])
             sites[name] = Site(
                 options,
                 operands[name],
+                prices if meets else (None,) * len(prices),
                 live,
                 tuple(small[name, i] for i in range(len(live))),
                 self.policy.leave_cost(call),
                 call.eps,
-                meets and self.policy.prune is not None,
                 name in self.ends,
             )
         return sites
@@ -244,25 +295,83 @@ def _is_small(
     return False
 
 
-def _solve_pieces(problem: _Problem, effort: float) -> tuple[tuple[Edit, ...], list[str], bool]:
-    """All edits in graph order, the nodes that stand in the way, and whether all is optimal."""
-    known: dict[tuple[Site, ...], tuple[list[Choice], bool]] = {}
-    edits: list[Edit] = []
-    obstacles: list[str] = []
-    optimal = True
+@dataclass(frozen=True)
+class Solution:
+    """A labelling of a piece: what it does, what that costs, whether that is proven the least."""
+
+    choices: tuple[Choice, ...]
+    cost: int
+    proven: bool
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The pieces of a graph, for each which problem it is; for each problem its solutions in order
+    of cost, and whether all that were asked for (or all there are) were found."""
+
+    problem: _Problem
+    pieces: tuple[tuple[tuple[str, ...], int], ...]
+    solutions: tuple[tuple[Solution, ...], ...]
+    searched: bool
+
+    @property
+    def optimal(self) -> bool:
+        return all(best.proven for best, *_ in self.solutions)
+
+    def edits(self, choice: Sequence[int] = ()) -> tuple[tuple[Edit, ...], list[str]]:
+        """All edits in graph order and the nodes that stand in the way; equal pieces choose alike.
+
+        `choice`: which of its solutions each problem takes, the first where left out.
+        """
+        edits: list[Edit] = []
+        obstacles: list[str] = []
+        for piece, which in self.pieces:
+            for made in self.solutions[which][choice[which] if choice else 0].choices:
+                name = piece[made.place]
+                call = self.problem.live.calls[name]
+                edits += _edits(made, name, call, self.problem.policy)
+                if made.kind == "free" or (
+                    made.kind == "leave" and self.problem.sites[name].leave is None
+                ):
+                    obstacles.append(name)
+        return tuple(edits), obstacles
+
+    def next_best(self) -> Iterator[tuple[int, ...]]:
+        """Which solution each problem takes, by total cost, the best of all left out."""
+        times = Counter(which for _, which in self.pieces)
+        queue = [(0, (0,) * len(self.solutions))]
+        while queue:
+            cost, choice = heapq.heappop(queue)
+            if any(choice):
+                yield choice
+            # each choice is reached from one other alone: the last that differs moves on
+            last = max((i for i, c in enumerate(choice) if c), default=0)
+            for i in range(last, len(choice)):
+                if choice[i] + 1 < len(self.solutions[i]):
+                    now, then = self.solutions[i][choice[i] : choice[i] + 2]
+                    more = times[i] * (then.cost - now.cost)
+                    heapq.heappush(
+                        queue, (cost + more, (*choice[:i], choice[i] + 1, *choice[i + 1 :]))
+                    )
+
+
+def _solve_pieces(problem: _Problem, alternatives: int, effort: float) -> _Pieces:
+    known: dict[tuple[Site, ...], int] = {}
+    pieces: list[tuple[tuple[str, ...], int]] = []
+    solutions: list[tuple[Solution, ...]] = []
+    searched = True
     for piece in problem.pieces():
         sites = problem.localise(piece)
         if sites not in known:
-            known[sites] = _solve(sites, problem.policy, effort)
-        choices, proven = known[sites]
-        optimal &= proven
-        for choice in choices:
-            name = piece[choice.place]
-            call = problem.live.calls[name]
-            edits += _edits(choice, name, call, problem.policy)
-            if choice.kind == "leave" and problem.sites[name].leave is None:
-                obstacles.append(name)
-    return tuple(edits), obstacles, optimal
+            known[sites] = len(solutions)
+            best, labelling = _solve(sites, problem.policy, effort)
+            others: list[Solution] = []
+            if alternatives:
+                others, all_found = _others(labelling, best, alternatives, effort)
+                searched &= all_found
+            solutions.append((best, *others))
+        pieces.append((tuple(piece), known[sites]))
+    return _Pieces(problem, tuple(pieces), tuple(solutions), searched)
 
 
 def _edits(choice: Choice, name: str, call: Call, policy: Policy) -> list[Edit]:
@@ -270,6 +379,8 @@ def _edits(choice: Choice, name: str, call: Call, policy: Policy) -> list[Edit]:
         return [Prune(name, choice.argument)]
     if choice.kind == "scale":
         return [Scale(name, 1 / choice.degree)]
+    if choice.kind == "free":
+        return []
     if choice.kind == "leave":
         factors = policy.edge_scales.get(call.operator.algebra, {})
         return [
@@ -281,44 +392,104 @@ def _edits(choice: Choice, name: str, call: Call, policy: Policy) -> list[Edit]:
 # --------------------------------------------------------------------------- one piece, by CP-SAT
 
 
-def _solve(sites: tuple[Site, ...], policy: Policy, effort: float) -> tuple[list[Choice], bool]:
-    """The cheapest labelling of a piece and whether that is proven.
+def _solve(sites: tuple[Site, ...], policy: Policy, effort: float) -> tuple[Solution, _Labelling]:
+    """The cheapest labelling of a piece.
 
-    Where there is none, the cheapest with nodes left that the policy does not leave: the obstacles.
+    Where there is none, the cheapest with nodes left that the policy does not leave, or with an end
+    whose degree is not 1: the obstacles.
     """
-    answer = _Labelling(sites, policy).solve(effort)
+    labelling = _Labelling(sites, policy)
+    answer = labelling.solve(effort)
     if answer is None:
         relaxed = tuple(replace(s, leave=s.never if s.leave is None else s.leave) for s in sites)
-        answer = _Labelling(relaxed, policy).solve(effort)
+        answer = _Labelling(relaxed, policy, any_end=True).solve(effort)
     if answer is None:
         raise NoPlanError(
             f"the search found no plan within effort={effort}; raise it in derive_rules, or derive "
             "the layers of the model one by one"
         )
-    return answer
+    return answer, labelling
+
+
+def _others(
+    labelling: _Labelling, best: Solution, count: int, effort: float
+) -> tuple[list[Solution], bool]:
+    """Up to `count` further solutions in order of cost, and whether the search came to its end.
+
+    Each is minimal, and its gradient takes other ways, or is edited otherwise, than the others'.
+    """
+    found: list[Solution] = []
+    if not best.proven:
+        return found, False
+    labelling.watch_flows()
+    labelling.forbid(best)
+    while len(found) < count:
+        answer = labelling.solve(effort - labelling.spent)
+        if answer is None or not answer.proven:
+            return found, labelling.exhausted
+        smaller = _Labelling(labelling.sites, labelling.policy, within=answer).solve(effort)
+        minimal = smaller is None or smaller.cost == answer.cost
+        labelling.forbid(answer if minimal or smaller is None else smaller)
+        if minimal:
+            found.append(answer)
+    return found, True
+
+
+def _flows(sites: tuple[Site, ...], choices: Iterable[Choice]) -> set[tuple[int, str]]:
+    """The edges (place, argument) that carry gradient from an end to a source of the piece."""
+    pruned = {(c.place, c.argument) for c in choices if c.kind == "prune"}
+    carries: set[str | int] = {INPUT[0]}
+    open_edges = []
+    for place, site in enumerate(sites):
+        for argument, ref in site.operands:
+            if ref is not None and ref[0] in carries and (place, argument) not in pruned:
+                open_edges.append((place, argument, ref[0]))
+                carries.add(place)
+    reached: set[str | int] = {place for place, site in enumerate(sites) if site.must_be_one}
+    flows = set()
+    for place, argument, source in reversed(open_edges):
+        if place in reached:
+            flows.add((place, argument))
+            reached.add(source)
+    return flows
 
 
 class _Labelling:
     """The integer programme of a piece: a degree a value (times a common denominator), edits as
     Booleans, the sum of their costs to be least; relations bind only nodes on a gradient path."""
 
-    def __init__(self, sites: tuple[Site, ...], policy: Policy) -> None:
-        self.sites, self.policy = sites, policy
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        policy: Policy,
+        *,
+        any_end: bool = False,
+        within: Solution | None = None,
+    ) -> None:
+        """`any_end`: an end of a degree other than 1 is an obstacle. `within`: only these edits."""
+        self.sites, self.policy, self.any_end = sites, policy, any_end
+        self.spent, self.exhausted = 0.0, False
         self.model = cp_model.CpModel()
         self.one = _denominator(sites)
         self.zero_var, self.one_var = (self.model.new_constant(v) for v in (0, self.one))
         self.degree: dict[Ref | None, cp_model.IntVar] = {INPUT: self.one_var, None: self.zero_var}
         self.alive = [self.model.new_bool_var("") for _ in sites]
-        self.read: list[list[tuple[Ref, cp_model.IntVar | None]]] = [[] for _ in sites]
+        self.read: list[list[tuple[str, Ref, cp_model.IntVar | None]]] = [[] for _ in sites]
+        """argument, what it reads, and whether it is pruned (None: never)"""
+        self.flows: dict[tuple[int, str], cp_model.IntVar] = {}
         self.costs: list[tuple[cp_model.IntVar, int, int]] = []
         """literal, cost, and rank: among plans of equal cost the lowest sum of ranks wins"""
         self.choices: list[tuple[cp_model.IntVar, Choice]] = []
         self.natural: dict[int, cp_model.IntVar] = {}
+        self.scaled: dict[int, cp_model.IntVar] = {}
+        self.uses = Counter(ref for site in sites for ref in site.refs)
         self.edges = sum(len(site.operands) for site in sites)
         self.edge = 0
         for place, site in enumerate(sites):
             self._add(place, site)
         self._keep_alive()
+        if within is not None:
+            self._only(within)
 
     def _add(self, place: int, site: Site) -> None:
         model, alive = self.model, self.alive[place]
@@ -328,18 +499,19 @@ class _Labelling:
             for live, small in zip(site.live, site.small, strict=True)
         ]
         natural = list(wanted)
-        scalable = self.policy.scale is not None and site.live == (True,) and site.small == (False,)
-        if scalable:
+        if self._scalable(place) and not self._passes_on(place):
             natural = [self._new_degree(False)]
             scaled = self._choose(Choice(place, "scale"), self.policy.scale or 0, self.edge)
             model.add_implication(scaled, alive)
             model.add(wanted[0] == natural[0]).only_enforce_if(~scaled)
             model.add(wanted[0] == self.one).only_enforce_if(scaled)
             model.add(natural[0] >= 1).only_enforce_if(scaled)
-            self.natural[place] = natural[0]
+            self.natural[place], self.scaled[place] = natural[0], scaled
         ways = []
         for option in site.options:
-            way = self._choose(Choice(place, option.edit or ""), option.cost)
+            # of plans that cost the same, rather one that makes no f(0) a bias leaf
+            rank = self.edges if any(r.domain == (1,) for r in option.relations) else 0
+            way = self._choose(Choice(place, option.edit or ""), option.cost, rank)
             for relation, value, live in zip(option.relations, natural, site.live, strict=True):
                 if live:
                     self._hold(relation, value, seen, way)
@@ -354,27 +526,53 @@ class _Labelling:
         for i, value in enumerate(wanted):
             self.degree[place, i] = value
         if site.must_be_one:
-            model.add(wanted[site.live.index(True)] == self.one)
+            end = model.add(wanted[site.live.index(True)] == self.one)
             model.add(alive == 1)
+            if self.any_end:
+                end.only_enforce_if(~self._choose(Choice(place, "free"), 20 * NEVER))
+
+    def _scalable(self, place: int) -> bool:
+        site = self.sites[place]
+        return self.policy.scale is not None and site.live == (True,) and site.small == (False,)
+
+    def _passes_on(self, place: int) -> bool:
+        """Whether a scale here is a scale at the only value read, which nobody else reads."""
+        read = [(name, ref) for name, ref in self.sites[place].operands if ref is not None]
+        return len(read) == 1 and self.uses[read[0][1]] == 1 and self._moves(place, read[0][0])
+
+    def _moves(self, place: int, argument: str) -> bool:
+        """Whether a scale here is one at the value read, if gradient takes no other edge."""
+        site, ref = self.sites[place], dict(self.sites[place].operands)[argument]
+        terms = [t for o in site.options for r in o.relations for t in r.terms]
+        powers = [power for term in terms for name, power in term if name == argument]
+        return (
+            ref is not None
+            and isinstance(ref[0], int)
+            and not self.sites[ref[0]].must_be_one
+            and self._scalable(ref[0])
+            and all(power == 1 for power in powers)
+        )
 
     def _seen(self, place: int, name: str, ref: Ref | None) -> cp_model.IntVar:
         """The degree at an edge: the value's, or 0 where it is pruned."""
         self.edge += 1
+        site = self.sites[place]
         value = self.degree[ref]
         if ref is None:
             return value
-        if not self.sites[place].prunable:
-            self.read[place].append((ref, None))
+        cost = dict(zip((n for n, _ in site.operands), site.prune, strict=True))[name]
+        if cost is None:
+            self.read[place].append((name, ref, None))
             return value
         # the later edge is the better one: what is behind it leaves the backward pass
         choice = Choice(place, "prune", name)
-        pruned = self._choose(choice, self.policy.prune or 0, self.edges - self.edge)
+        pruned = self._choose(choice, cost, self.edges - self.edge)
         self.model.add_implication(pruned, self.alive[place])
         small = ref == INPUT or self.sites[int(ref[0])].small[ref[1]]
         seen = self._new_degree(small)
         self.model.add(seen == value).only_enforce_if(~pruned)
         self.model.add(seen == 0).only_enforce_if(pruned)
-        self.read[place].append((ref, pruned))
+        self.read[place].append((name, ref, pruned))
         return seen
 
     def _hold(
@@ -414,7 +612,7 @@ class _Labelling:
     def _keep_alive(self) -> None:
         """What an alive node reads through an edge that is not pruned is alive."""
         for place, reads in enumerate(self.read):
-            for (source, _), pruned in reads:
+            for _, (source, _), pruned in reads:
                 if isinstance(source, int):
                     edge = [] if pruned is None else [pruned]
                     self.model.add_bool_or([self.alive[source], ~self.alive[place], *edge])
@@ -437,16 +635,94 @@ class _Labelling:
             self.costs.append((literal, cost, rank))
         return literal
 
-    def solve(self, effort: float) -> tuple[list[Choice], bool] | None:
-        """The choices in graph order and whether they are optimal; None where there are none."""
+    # ------------------------------------------------------------------ other solutions
+
+    def _only(self, solution: Solution) -> None:
+        """No edit but these; the objective finds out which of them are needed."""
+        allowed = {(c.place, c.kind, c.argument): c for c in solution.choices}
+        for literal, choice in self.choices:
+            same = allowed.get((choice.place, choice.kind, choice.argument))
+            if same is None:
+                self.model.add(literal == 0)
+            elif choice.kind == "scale":
+                degree = int(same.degree * self.one)
+                self.model.add(self.natural[choice.place] == degree).only_enforce_if(literal)
+
+    def watch_flows(self) -> None:
+        """A literal for every edge: whether it carries gradient, from an end to a source."""
+        carries: dict[str | int, cp_model.IntVar] = {INPUT[0]: self.model.new_constant(1)}
+        opened: list[tuple[int, str, str | int, cp_model.IntVar]] = []
+        for place, reads in enumerate(self.read):
+            edges = []
+            for name, (source, _), pruned in reads:
+                unpruned = [] if pruned is None else [~pruned]
+                edges.append(self._all([carries[source], *unpruned]))
+                opened.append((place, name, source, edges[-1]))
+            carries[place] = self._any(edges)
+        readers: dict[str | int, list[cp_model.IntVar]] = {}
+        reached: dict[int, cp_model.IntVar] = {}
+        for place, name, source, edge in reversed(opened):
+            if place not in reached:  # all that read it have been seen
+                end = self.sites[place].must_be_one
+                below = readers.get(place, [])
+                reached[place] = self.model.new_constant(1) if end else self._any(below)
+            self.flows[place, name] = self._all([edge, reached[place]])
+            readers.setdefault(source, []).append(self.flows[place, name])
+        for place, scaled in self.scaled.items():
+            flows = {name: self.flows[place, name] for name, _, _ in self.read[place]}
+            for name, ref, _ in self.read[place]:
+                if self._moves(place, name):  # then by another edge as well, or from one
+                    edges = [*flows.values(), *readers[ref[0]]]
+                    others = [edge for edge in edges if edge is not flows[name]]
+                    self.model.add_bool_or([~scaled, ~flows[name], *others])
+
+    def _any(self, literals: list[cp_model.IntVar]) -> cp_model.IntVar:
+        """A literal that holds where one of `literals` does, and only there."""
+        one = self.model.new_bool_var("")
+        self.model.add_bool_or(literals).only_enforce_if(one)
+        self.model.add_bool_and([~literal for literal in literals]).only_enforce_if(~one)
+        return one
+
+    def _all(self, literals: Sequence[cp_model.LiteralT]) -> cp_model.IntVar:
+        """A literal that holds where all of `literals` do, and only there."""
+        both = self.model.new_bool_var("")
+        self.model.add_bool_and(literals).only_enforce_if(both)
+        self.model.add_bool_or([both, *(~literal for literal in literals)])  # type: ignore[operator]
+        return both
+
+    def forbid(self, solution: Solution) -> None:
+        """Neither a set of edits that holds all of these, nor another with the same gradient."""
+        made = {(c.place, c.kind, c.argument): c for c in solution.choices}
+        clause, otherwise = [], []
+        for literal, choice in self.choices:
+            same = made.get((choice.place, choice.kind, choice.argument))
+            if choice.kind != "prune":
+                otherwise.append(literal if same is None else ~literal)
+            if same is None:
+                continue
+            clause.append(~literal)
+            if choice.kind == "scale":
+                natural, degree = self.natural[choice.place], int(same.degree * self.one)
+                other = self.model.new_bool_var("")
+                self.model.add(natural != degree).only_enforce_if(other)
+                clause.append(other)
+        flows = _flows(self.sites, solution.choices)
+        otherwise += [~flow if edge in flows else flow for edge, flow in self.flows.items()]
+        self.model.add_bool_or(clause)
+        self.model.add_bool_or(otherwise)
+
+    def solve(self, effort: float) -> Solution | None:
+        """The cheapest choices in graph order; None where none were found."""
         ranks = 1 + sum(rank for _, _, rank in self.costs)
         self.model.minimize(sum((cost * ranks + rank) * b for b, cost, rank in self.costs))
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 0
-        solver.parameters.max_deterministic_time = effort
+        solver.parameters.max_deterministic_time = max(effort, 0.0)
         solver.parameters.linearization_level = 2  # without it, large pieces are not proven
         status = solver.solve(self.model)
+        self.spent += solver.deterministic_time
+        self.exhausted = status == cp_model.INFEASIBLE
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None
         made = [c for literal, c in self.choices if solver.value(literal)]
@@ -456,7 +732,8 @@ class _Labelling:
             else c
             for c in made
         ]
-        return made, status == cp_model.OPTIMAL
+        cost = sum(cost for literal, cost, _ in self.costs if solver.value(literal))
+        return Solution(tuple(made), cost, status == cp_model.OPTIMAL)
 
 
 def _denominator(sites: tuple[Site, ...]) -> int:
@@ -476,29 +753,45 @@ def _denominator(sites: tuple[Site, ...]) -> int:
 
 
 def _plan(
-    graph: ComputationGraph,
-    policy: Policy,
-    before: Degrees,
-    after: Degrees,
-    edits: tuple[Edit, ...],
-    optimal: bool,
+    problem: _Problem, before: Degrees, after: Degrees, edits: tuple[Edit, ...], optimal: bool
 ) -> Plan:
+    graph = problem.graph
     left = tuple(name for name in graph.nodes if name in after.findings)
-    where = {
-        name: (target_name(graph.nodes[name].target), module_path(graph.nodes[name]))
-        for name in dict.fromkeys([e.node for e in edits] + list(left))
+    cuts: Mapping[Edit, tuple[str, ...]] = {
+        e: _cut(graph, e, before, after) for e in edits if isinstance(e, Prune)
     }
+    named = [*(e.node for e in edits), *left, *(n for nodes in cuts.values() for n in nodes)]
+    where = {name: _where(graph.nodes[name]) for name in dict.fromkeys(named)}
     reasons = {edit: _reason(edit, before, after) for edit in edits}
-    cost = sum(_cost(edit, after, policy) for edit in edits)
-    return Plan(edits, policy.name, reasons, cost, optimal, fingerprint(graph), left, where)
+    cost = sum(_cost(edit, after, problem) for edit in edits)
+    mark = fingerprint(graph)
+    return Plan(edits, problem.policy.name, reasons, cost, optimal, mark, left, where, cuts)
 
 
-def _cost(edit: Edit, after: Degrees, policy: Policy) -> int:
+def _where(node: fx.Node) -> tuple[str, str]:
+    """The operation (the name of an input) and the module path."""
+    return target_name(node.target) if node.op == "call_function" else node.name, module_path(node)
+
+
+def _cut(graph: ComputationGraph, edit: Prune, before: Degrees, after: Degrees) -> tuple[str, ...]:
+    """The value held fixed, and the nodes that leave the backward behind it, nearest first."""
+    call = before.live.calls[edit.node]
+    value = next(o.node for o in call.operands if o.name == edit.argument)
+    assert value is not None
+    queue = [value]
+    for node in queue:
+        if node.name not in after.alive:
+            behind = [n for n in node.all_input_nodes if n.name in before.alive]
+            queue += [n for n in behind if n not in queue and n.name not in after.alive]
+    return tuple(n.name for n in queue)
+
+
+def _cost(edit: Edit, after: Degrees, problem: _Problem) -> int:
     if isinstance(edit, Prune):
-        return policy.prune or 0
+        return problem.prune_cost(edit.node, edit.argument) or 0
     if isinstance(edit, Scale):
-        return 0 if edit.argument else policy.scale or 0
-    return policy.mode_cost(after.modes[edit.node]) or 0
+        return 0 if edit.argument else problem.policy.scale or 0
+    return problem.policy.mode_cost(after.modes[edit.node]) or 0
 
 
 def _reason(edit: Edit, before: Degrees, after: Degrees) -> str:

@@ -38,6 +38,10 @@ class NoPlanError(FullgradError, ValueError):
     """No honest plan exists under the policy; the obstacle is named."""
 
 
+class PolicyError(FullgradError, ValueError):
+    """A table of costs that means nothing: a negative cost, an unknown operation or module."""
+
+
 class PlanError(FullgradError, ValueError):
     """A plan does not fit the graph it is applied to."""
 

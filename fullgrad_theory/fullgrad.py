@@ -69,6 +69,9 @@ def finite_products(g: Tensor, value: Tensor) -> Tensor:
 def inner(g: Tensor, value: Tensor) -> float:
     """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above."""
     g, value = g.detach(), value.detach()
+    if g.is_complex():  # the real inner product of the parts
+        value = value.to(g).expand_as(g)
+        g, value = (torch.view_as_real(t.resolve_conj()) for t in (g, value))
     if g.shape == value.shape:
         total = torch.dot(g.reshape(-1), value.reshape(-1).to(g))
     else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .errors import TraceError
@@ -139,6 +140,69 @@ def _is_effect(node: fx.Node) -> bool:
         or node.target in (enter_autocast, leave_autocast)
         or bool(mutates(node))
     )
+
+
+_RECURRENT = {
+    aten.rnn_tanh_cell.default,
+    aten.rnn_relu_cell.default,
+    aten.rnn_tanh.input,
+    aten.rnn_relu.input,
+}
+"""Composites that torch itself computes step by step. Those of LSTM and GRU write in place, in
+strides of their own, and a functional copy of them has other bits: they stay whole."""
+
+
+def unroll(module: fx.GraphModule) -> None:
+    """Replace recurrent cells and plain recurrent layers by the calls that torch makes for them.
+
+    On the CPU alone: other devices have kernels of their own, with other bits.
+    """
+    mode = fake_mode(module.graph)
+    for node in list(module.graph.nodes):
+        devices = {v.device.type for v in _tensors(node.meta.get("val"))}
+        if node.target in _RECURRENT and devices <= {"cpu", "meta"} and mode is not None:
+            given = {n: n.meta["val"] for n in node.all_input_nodes}
+            given = {
+                n: v if hasattr(v, "fake_mode") else mode.from_tensor(v) for n, v in given.items()
+            }
+            nodes = list(given)
+
+            def compute(*values: Tensor, at: fx.Node = node, nodes: list[fx.Node] = nodes) -> Any:
+                env = dict(zip(nodes, values, strict=True))
+                args, kwargs = fx.map_arg((at.args, at.kwargs), env.__getitem__)
+                target: Any = at.target
+                return target.decompose(*args, **kwargs)
+
+            with mode:
+                steps = make_fx(compute, pre_dispatch=True)(*given.values())
+            _splice(module, node, steps, nodes)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _splice(
+    module: fx.GraphModule, node: fx.Node, steps: fx.GraphModule, given: list[fx.Node]
+) -> None:
+    inputs = iter(given)
+    env: dict[fx.Node, fx.Node] = {}
+    kept = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    with module.graph.inserting_before(node):
+        for inner in steps.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = next(inputs)
+            elif inner.op == "output":
+                results = inner.args[0]
+            else:
+                env[inner] = module.graph.node_copy(inner, env.__getitem__)
+                env[inner].meta = {"val": inner.meta["val"]} | kept
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(env[results])
+    for user in list(node.users):
+        user.replace_all_uses_with(env[results[user.args[1]]])
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
 
 
 # --------------------------------------------------------------------------- fake values

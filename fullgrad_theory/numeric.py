@@ -65,7 +65,7 @@ class NodeByNode(fx.Interpreter):
         leaves: list[tuple[str, Tensor]] = []
 
         def leaf(name: str, value: Any) -> Any:
-            if not is_float_tensor(value):
+            if not is_float_tensor(value) and not is_complex_tensor(value):
                 return value
             fresh = value.detach().requires_grad_()
             leaves.append((name, fresh))
@@ -81,7 +81,7 @@ class NodeByNode(fx.Interpreter):
         kept = [
             (o, self.noise.like(o), f.degree / factor)
             for o, f in zip(outputs, facts, strict=True)
-            if f.state is State.LIVE and is_float_tensor(o)
+            if f.state is State.LIVE and (is_float_tensor(o) or is_complex_tensor(o))
         ]
         detached = pytree.tree_map_only(Tensor, Tensor.detach, value)
         left = 0.0
@@ -105,7 +105,7 @@ class NodeByNode(fx.Interpreter):
         right, magnitude = 0.0, 0.0
         for o, c, degree in kept:
             right += float(degree) * inner(c, o)
-            magnitude += inner(c.abs(), o.detach().abs())
+            magnitude += inner(_magnitudes(c), _magnitudes(o))
         self._record(n.name, abs(left - right), magnitude)
         return detached
 
@@ -124,6 +124,7 @@ class NodeByNode(fx.Interpreter):
 
     def _record(self, name: str, gap: float, magnitude: float) -> None:
         error = gap / magnitude if magnitude else (0.0 if gap == 0.0 else float("inf"))
+        error = error if error == error else float("inf")  # nan: 0 times infinity
         self.errors[name] = max(self.errors.get(name, 0.0), error)
 
     def _finite(self, n: fx.Node, value: Any) -> None:
@@ -238,6 +239,8 @@ class Noise:
 
     def like(self, value: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `value`."""
+        if value.is_complex():
+            return torch.complex(self.like(value.real), self.like(value.imag))
         count, half = value.numel(), self.draw.numel() // 2
         start = int(torch.randint(half, (), generator=self.generator))
         long = self.draw if count <= half else self.draw.repeat(count // half + 1)
@@ -316,6 +319,16 @@ def gap(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """How far two lists of gradients are apart, relative to the second."""
     size = sum(float(g.norm()) for g in theirs) or 1.0
     return sum(float((a - b).norm()) for a, b in zip(ours, theirs, strict=True)) / size
+
+
+def is_complex_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _magnitudes(value: Tensor) -> Tensor:
+    """Absolute values, of a complex tensor those of its parts."""
+    value = value.detach()
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).abs()
 
 
 def is_float_tensor(value: Any) -> bool:

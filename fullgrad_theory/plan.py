@@ -59,8 +59,11 @@ class PlanDiff(NamedTuple):
 class Plan:
     """The edits for one graph, in graph order, with the reason for each.
 
-    `cost` is their sum under `policy`; `optimal` says whether that is proven to be the least.
-    `left` are the nodes that stay inconsistent, `where` maps nodes to (operation, module path).
+    `cost` is their sum under `policy`; `optimal` says whether that is proven to be the least (of an
+    alternative: the next). `left` are the nodes that stay inconsistent, `where` maps nodes to
+    (operation, module path). `cuts`: pruned edge -> the value held fixed there, followed by the
+    other nodes that leave the backward with it. `alternatives` are the plans that cost next to
+    this one, in order; `stopped` says that the search for them met its limit.
     """
 
     edits: tuple[Edit, ...]
@@ -71,6 +74,9 @@ class Plan:
     fingerprint: str
     left: tuple[str, ...] = ()
     where: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    cuts: Mapping[Edit, tuple[str, ...]] = field(default_factory=dict)
+    alternatives: tuple[Plan, ...] = ()
+    stopped: bool = False
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -118,17 +124,22 @@ class Plan:
     # ----------------------------------------------------------------------- as text and as a file
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, one edit a line group, factors as text."""
+        """Write the plan as JSON with its alternatives, factors as text."""
+        text = json.dumps({"format": FORMAT} | self._data(), indent=1, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def _data(self) -> dict[str, Any]:
         edits = [
             {"edit": _kind(e)}
             | {k: str(v) if isinstance(v, Fraction) else v for k, v in vars(e).items()}
             | {"reason": self.reasons.get(e, "")}
+            | ({"cuts": self.cuts[e]} if e in self.cuts else {})
             for e in self.edits
         ]
-        data = {"format": FORMAT} | vars(self) | {"edits": edits}
-        chosen = ("format", "policy", "cost", "optimal", "fingerprint", "edits", "left", "where")
-        text = json.dumps({key: data[key] for key in chosen}, indent=1, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        chosen = ("policy", "cost", "optimal", "stopped", "fingerprint")
+        data = {key: getattr(self, key) for key in chosen}
+        data |= {"edits": edits, "left": self.left, "where": self.where}
+        return data | {"alternatives": [plan._data() for plan in self.alternatives]}
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -137,18 +148,7 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise PlanError(f"{path} has the format {data['format']!r}, not {FORMAT!r}")
-            reasons = {_edit(entry): str(entry["reason"]) for entry in data["edits"]}
-            where = {node: (op, module) for node, (op, module) in data["where"].items()}
-            return Plan(
-                tuple(reasons),
-                data["policy"],
-                reasons,
-                data["cost"],
-                data["optimal"],
-                data["fingerprint"],
-                tuple(data["left"]),
-                where,
-            )
+            return _plan(data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -158,28 +158,85 @@ class Plan:
 
     def __str__(self) -> str:
         width = shutil.get_terminal_size().columns
-        proof = "" if self.optimal else ", not proven to be the least"
+        proof = "" if self.optimal else ", not proven to be the least: the search met its limit"
         head = f"policy {self.policy!r}: {_count(len(self), 'edit')}, cost {self.cost}{proof}"
-        groups: dict[tuple[str, str], list[str]] = {}
-        for edit in self.edits:
-            key = (self._label(edit), self.reasons.get(edit, ""))
-            groups.setdefault(key, []).append(self._place(edit.node))
         lines = [head]
-        for (label, reason), places in groups.items():
-            text = f"{len(places):>5} x {label}: {', '.join(compress(places))}"
+        for (label, reason), edits in self._alike(self.edits).items():
+            text = f"{len(edits):>5} x {label}: {self._places(e.node for e in edits)}"
             lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
-            lines += textwrap.wrap(reason, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            for words in filter(None, (reason, self._leaving(edits))):
+                lines += textwrap.wrap(
+                    words, width, initial_indent=" " * 8, subsequent_indent=" " * 10
+                )
         by_operation: dict[str, list[str]] = {}
         for node in self.left:
-            by_operation.setdefault(self._operation(node), []).append(self._place(node))
-        for operation, places in by_operation.items():
-            text = f"{len(places):>5} x left incomplete: {operation}: {', '.join(compress(places))}"
+            by_operation.setdefault(self._operation(node), []).append(node)
+        for operation, nodes in by_operation.items():
+            text = f"{len(nodes):>5} x left incomplete: {operation}: {self._places(nodes)}"
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
+        for number, other in enumerate(self.alternatives, 1):
+            text = f"alternative {number}, cost {other.cost}: {self._against(other)}"
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
+        if self.stopped:
+            text = (
+                "the search for alternatives met its limit: there may be others, and cheaper ones; "
+                "raise effort in derive_rules"
+            )
             lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
         return "\n".join(lines)
+
+    def meaning(self, edit: Edit) -> str:
+        """One edit in words: what it does to the backward, and what leaves the backward with it."""
+        here = self._place(edit.node)
+        words = f"{self._label(edit)}" + (f" in {here}" if here != edit.node else "")
+        more = filter(None, (self.reasons.get(edit, ""), self._leaving([edit])))
+        return "; ".join((words, *more))
+
+    def _against(self, other: Plan) -> str:
+        """What another plan does differently, in a line."""
+        removed, added = self.diff(other)
+        more = "; ".join(filter(None, (other._brief(added), other._leaving(added))))
+        return f"{more}; without: {self._brief(removed)}" if removed else more
+
+    def _brief(self, edits: Iterable[Edit]) -> str:
+        labels: dict[str, list[str]] = {}
+        for edit in edits:
+            labels.setdefault(self._label(edit), []).append(edit.node)
+        return ", ".join(
+            (f"{len(nodes)} x " if len(nodes) > 1 else "") + f"{label} ({self._places(nodes)})"
+            for label, nodes in labels.items()
+        )
+
+    def _alike(self, edits: Iterable[Edit]) -> dict[tuple[str, str], list[Edit]]:
+        groups: dict[tuple[str, str], list[Edit]] = {}
+        for edit in edits:
+            groups.setdefault((self._label(edit), self.reasons.get(edit, "")), []).append(edit)
+        return groups
+
+    def _leaving(self, edits: Iterable[Edit]) -> str:
+        """What is held fixed by these prunes, and what of the model leaves the backward."""
+        cuts = [self.cuts[edit] for edit in edits if self.cuts.get(edit)]
+        if not cuts:
+            return ""
+        held = dict.fromkeys(self._operation(nodes[0]) for nodes in cuts)
+        gone = dict.fromkeys(node for nodes in cuts for node in nodes if node in self._gone)
+        words = f"held fixed: {_some(held)}"
+        if gone:
+            words += f"; out of the backward: {_some(dict.fromkeys(map(self._operation, gone)))}"
+            paths = dict.fromkeys(path for node in gone if (path := self.where[node][1]))
+            words += f" in {_some(compress(paths))}" if paths else ""
+        return words
+
+    @cached_property
+    def _gone(self) -> frozenset[str]:
+        return frozenset(node for nodes in self.cuts.values() for node in nodes[1:])
 
     def _operation(self, node: str) -> str:
         name = self.where.get(node, (node, ""))[0]
         return name.split(".")[1] if name.startswith("aten.") else name
+
+    def _places(self, nodes: Iterable[str]) -> str:
+        return ", ".join(compress(self._place(node) for node in nodes))
 
     def _place(self, node: str) -> str:
         return self.where.get(node, ("", ""))[1] or node
@@ -193,11 +250,33 @@ def _kind(edit: Edit) -> str:
     return next(name for name, kind in KINDS.items() if isinstance(edit, kind))
 
 
+def _plan(data: Mapping[str, Any]) -> Plan:
+    edits = [(_edit(entry), entry) for entry in data["edits"]]
+    return Plan(
+        tuple(edit for edit, _ in edits),
+        data["policy"],
+        {edit: str(entry["reason"]) for edit, entry in edits},
+        data["cost"],
+        data["optimal"],
+        data["fingerprint"],
+        tuple(data["left"]),
+        {node: (operation, module) for node, (operation, module) in data["where"].items()},
+        {edit: tuple(entry["cuts"]) for edit, entry in edits if "cuts" in entry},
+        tuple(_plan(other) for other in data["alternatives"]),
+        data["stopped"],
+    )
+
+
 def _edit(entry: Mapping[str, Any]) -> Edit:
-    fields = {k: v for k, v in entry.items() if k not in ("edit", "reason")}
+    fields = {k: v for k, v in entry.items() if k not in ("edit", "reason", "cuts")}
     if "factor" in fields:
         fields["factor"] = Fraction(fields["factor"])
     return KINDS[entry["edit"]](**fields)
+
+
+def _some(words: Iterable[str], most: int = 6) -> str:
+    words = list(words)
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if words[most:] else "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -10,14 +10,16 @@ patent on layer-wise relevance propagation: users judge for themselves whether t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
-from .errors import unknown_name
-from .operators import Algebra, Call, Mode
+from .errors import PolicyError, unknown_name
+from .operators import Algebra, Call, Mode, Operator, lookup, registered
 
+HIGHEST = 10_000
 LAST_RESORT = 1000
 """what a partial policy pays for leaving a node it has an edit for"""
 
@@ -32,6 +34,11 @@ ATTENTION_PRODUCTS = (
 @dataclass(frozen=True)
 class Policy:
     """A table of costs; None forbids. Vary one: `dataclasses.replace(policy("libra"), prune=9)`.
+
+    `prune_of` maps an operation's name (which goes first) or an `Algebra` to what pruning costs
+    where the value held fixed is computed by it, past what merely moves it. `keep` are modules
+    (paths with what is below them, `*` for any part) in which, and at whose results, nothing is
+    pruned.
 
     `secant_origin` is a secant with f(0) != 0, which makes f(0) a bias leaf. `leave` maps an
     `Algebra` or an operation's name (which goes first) to the cost of leaving such a node its true
@@ -49,6 +56,26 @@ class Policy:
     freeze: int | None = None
     leave: Mapping[str, int] = field(default_factory=dict)
     edge_scales: Mapping[str, Mapping[str, Fraction]] = field(default_factory=dict)
+    prune_of: Mapping[str, int | None] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises `PolicyError` for what is no cost, `UnknownNameError` for what is no operation."""
+        for edit in EDITS:
+            _check_cost(f"{edit}=", getattr(self, edit), optional=True)
+        for what, table in (("leave", self.leave), ("prune_of", self.prune_of)):
+            for key, cost in table.items():
+                _check_key(key)
+                _check_cost(f"{what}[{key!r}]: ", cost, optional=what == "prune_of")
+        for key, factors in self.edge_scales.items():
+            _check_key(key)
+            for argument, factor in factors.items():
+                if not isinstance(factor, (int, Fraction)) or factor <= 0:
+                    raise PolicyError(
+                        f"edge_scales[{key!r}][{argument!r}]: {factor!r} is no positive Fraction"
+                    )
+        if isinstance(self.keep, str) or not all(isinstance(k, str) and k for k in self.keep):
+            raise PolicyError(f"keep={self.keep!r}: expected a tuple of module paths")
 
     @property
     def complete(self) -> bool:
@@ -58,8 +85,16 @@ class Policy:
     @property
     def idle(self) -> bool:
         """Whether no edit is allowed at all."""
-        costs = (self.prune, self.scale, self.secant, self.secant_origin, self.freeze)
-        return all(cost is None for cost in costs)
+        costs = [getattr(self, edit) for edit in EDITS]
+        return all(cost is None for cost in (*costs, *self.prune_of.values()))
+
+    def prune_cost(self, value: Operator | None, modules: Collection[str]) -> int | None:
+        """The cost of holding a value fixed that `value` computes (None: an input) in `modules`."""
+        if any(within(module, pattern) for module in modules for pattern in self.keep):
+            return None
+        if value is None:
+            return self.prune
+        return self.prune_of.get(value.name, self.prune_of.get(value.algebra, self.prune))
 
     def mode_cost(self, mode: Mode) -> int | None:
         """The cost of a node's own edit, 0 unedited, None where it is not allowed."""
@@ -73,6 +108,29 @@ class Policy:
         """The cost of leaving a call inconsistent, None where it is not allowed."""
         algebra = Algebra.NORMALISER if call.eps else call.operator.algebra
         return self.leave.get(call.operator.name, self.leave.get(algebra))
+
+
+EDITS = ("prune", "scale", "secant", "secant_origin", "freeze")
+
+
+def _check_cost(what: str, cost: Any, optional: bool) -> None:
+    if cost is None and optional:
+        return
+    if isinstance(cost, bool) or not isinstance(cost, int) or not 1 <= cost <= HIGHEST:
+        forbids = ", or None, which forbids" if optional else ""
+        raise PolicyError(f"{what}{cost!r} is no cost: whole numbers from 1 to {HIGHEST}{forbids}")
+
+
+def _check_key(key: str) -> None:
+    if key not in set(Algebra) and lookup(key) is None:
+        raise unknown_name(
+            "operation or class", key, [*map(str, Algebra), *(o.name for o in registered())]
+        )
+
+
+def within(module: str, pattern: str) -> bool:
+    """Whether a module path is, or is below, one that the pattern names (`blocks.*.attn`)."""
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"{pattern}.*")
 
 
 def policy(name: str | Policy) -> Policy:

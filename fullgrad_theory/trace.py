@@ -26,7 +26,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, TraceError, TrainingModeError
-from .functionalise import drop_assertions, fake_call, fake_mode, functionalise, inline_regions
+from .functionalise import (
+    drop_assertions,
+    fake_call,
+    fake_mode,
+    functionalise,
+    inline_regions,
+    unroll,
+)
 from .operators import bind, target_name
 from .operators.base import operands
 
@@ -311,6 +318,7 @@ def trace(model: Model, inputs: Inputs = None) -> ComputationGraph:
         program, dynamic = _export(module, model, args, kwargs)
     unlifted = program.module()
     inline_regions(unlifted)
+    unroll(unlifted)
     drop_assertions(unlifted)
     functionalise(unlifted)
     _fake_values(unlifted)

@@ -125,6 +125,13 @@ class Operator:
         return _MODES.get(self.algebra, _polynomial)(self, call)
 
     @property
+    def shapes(self) -> frozenset[str]:
+        """Arguments of a structural operation that lend nothing but their shape or dtype."""
+        if self.algebra is not Algebra.STRUCTURAL:
+            return frozenset()
+        return frozenset(re.findall(r"(\w+)\^0\b", self.signature))
+
+    @property
     def edits(self) -> tuple[str, ...]:
         """Which node edits the class knows, besides `prune` and `scale`."""
         return _EDITS.get(self.algebra, ())
