@@ -83,16 +83,10 @@ def rewrite(
     missing = sorted({e.node for e in edits} - nodes.keys())
     if missing:
         raise PlanError(f"the plan edits nodes this graph does not have: {', '.join(missing[:5])}")
-    pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
     for edit in sorted(edits, key=_edges_first):
         node = nodes[edit.node]
         if isinstance(edit, Prune):
-            if {(node.name, "query"), (node.name, "key")} <= pruned and (
-                node.target in (aten.scaled_dot_product_attention.default, backward.attention)
-            ):
-                node.target = backward.attention
-            else:
-                _wrap_edge(copied, node, edit.argument, aten.detach.default)
+            _wrap_edge(copied, node, edit.argument, aten.detach.default)
         elif isinstance(edit, Scale) and edit.argument is not None:
             _wrap_edge(copied, node, edit.argument, backward.scale, float(edit.factor))
         elif isinstance(edit, Scale):
@@ -105,6 +99,11 @@ def rewrite(
             node.target = backward.secant
         elif isinstance(edit, FreezeScale):
             node.target = backward.FREEZES[target_name(node.target)]
+    pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
+    for name in {name for name, _ in pruned}:
+        held = {(name, "query"), (name, "key")} <= pruned
+        if held and nodes[name].target is aten.scaled_dot_product_attention.default:
+            nodes[name].target = backward.attention
     copied.lint()
     module = fx.GraphModule(graph.fx if root is None else root, copied, "Balanced")
     module.eval()
