@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from fullgrad_theory import backward
 from fullgrad_theory.backward import FREEZES, attention, scale, secant
