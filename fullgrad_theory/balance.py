@@ -105,6 +105,7 @@ def rewrite(
         if held and nodes[name].target is aten.scaled_dot_product_attention.default:
             nodes[name].target = backward.attention
     copied.lint()
+    copied._tracer_cls = None  # unpickling with export's own tracer fails in torch 2.11
     module = fx.GraphModule(graph.fx if root is None else root, copied, "Balanced")
     module.eval()
     return module
