@@ -399,21 +399,23 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """aten.scaled_dot_product_attention with query, key and mask pruned: dV = P^T g alone.
+    """aten.scaled_dot_product_attention with query and key pruned: dV = P^T g alone.
 
     P is recomputed from query and key (in float32 for 16-bit dtypes), at most CHUNK weights at a
-    time; fully masked rows weigh nothing. Saves query, key, mask. Raises ValueError for dropout.
-    Autograd refuses in-place writes to the result.
+    time; fully masked rows weigh nothing. Saves query, key, mask. A mask that asks for a gradient
+    gets ATen's. Raises ValueError for dropout. Autograd refuses in-place writes to the result.
     """
     if dropout_p:
         raise ValueError(f"attention with dropout_p={dropout_p} is random: call model.eval() first")
+    if attn_mask is not None and attn_mask.requires_grad:
+        held = query.detach(), key.detach(), value, attn_mask, 0.0, is_causal
+        return aten.scaled_dot_product_attention.default(*held, scale=scale, enable_gqa=enable_gqa)
     # called here and not in the Function, so that grad mode and requires_grad choose the kernel
     computed = aten.scaled_dot_product_attention.default(
         query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
     ).detach()
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    mask = None if attn_mask is None else attn_mask.detach()
     # under autocast the weights are those of the rounded query and key
     q, k = query.detach().to(computed.dtype), key.detach().to(computed.dtype)
-    return _Attention.apply(value, computed, q, k, mask, is_causal, scale)
+    return _Attention.apply(value, computed, q, k, attn_mask, is_causal, scale)

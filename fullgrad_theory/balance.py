@@ -84,15 +84,10 @@ def rewrite(
     missing = sorted({e.node for e in edits} - nodes.keys())
     if missing:
         raise PlanError(f"the plan edits nodes this graph does not have: {', '.join(missing[:5])}")
-    pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
     for edit in sorted(edits, key=_edges_first):
         node = nodes[edit.node]
         if isinstance(edit, Prune):
-            if {(node.name, "query"), (node.name, "key")} <= pruned and (
-                node.target in (aten.scaled_dot_product_attention.default, backward.attention)
-            ):
-                node.target = backward.attention
-            elif node.target is operator.getitem:  # what it picks from may be no tensor
+            if node.target is operator.getitem:  # what it picks from may be no tensor
                 with copied.inserting_after(node):
                     picked = copied.call_function(aten.detach.default, (node,))
                 picked.meta = {k: v for k, v in node.meta.items() if k == "val"}
@@ -111,7 +106,13 @@ def rewrite(
             node.target = backward.secant
         elif isinstance(edit, FreezeScale):
             node.target = backward.FREEZES[target_name(node.target)]
+    pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
+    for name in {name for name, _ in pruned}:
+        held = {(name, "query"), (name, "key")} <= pruned
+        if held and nodes[name].target is aten.scaled_dot_product_attention.default:
+            nodes[name].target = backward.attention
     copied.lint()
+    copied._tracer_cls = None  # unpickling with export's own tracer fails in torch 2.11
     module = fx.GraphModule(graph.fx if root is None else root, copied, "Balanced")
     module.eval()
     return module

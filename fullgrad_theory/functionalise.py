@@ -432,7 +432,8 @@ class _Functional:
         """The same view of another base."""
         if not isinstance(view.args[0], fx.Node) or view.target in _LAYOUT:
             raise _refusal(view, f"{view.target} makes a view of memory that is written to later")
-        target = _ANY_LAYOUT.get(view.target, view.target)
+        target: Any = view.target
+        target = _ANY_LAYOUT.get(target, target)
         return self.emit(target, (value, *view.args[1:]), dict(view.kwargs), view)
 
     def shared_operand(self, node: fx.Node) -> fx.Node | None:

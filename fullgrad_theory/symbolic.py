@@ -849,7 +849,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every node's value over symbols. `values`: arrays for the placeholders by name, and for those
     parameters (by their dotted path) that shall be symbols; the others enter as exact rationals."""
-    module: fx.GraphModule = graph.fx if isinstance(graph, ComputationGraph) else graph
+    module = graph if isinstance(graph, fx.GraphModule) else graph.fx
     at = at or Region()
     found: dict[str, Any] = {}
     for node in module.graph.nodes:

@@ -17,7 +17,6 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import networkx as nx
-import sympy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -394,7 +393,7 @@ def _any_batch(program: torch.export.ExportedProgram) -> bool:
     """Whether what the export assumed of the batch size (`x.shape[0] <= 4`) holds for any."""
     guards = getattr(getattr(fake_mode(program.graph), "shape_env", None), "guards", ())
     return all(
-        guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, size)) == sympy.true
+        bool(guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, size)))
         for guard in guards
         for size in _BATCHES
     )

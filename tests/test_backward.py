@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from fullgrad_theory import backward
 from fullgrad_theory.backward import FREEZES, attention, scale, secant
@@ -281,12 +282,19 @@ def test_attention_gradient_in_low_precision(dtype):
     torch.testing.assert_close(ours.double(), exact, rtol=4 * eps, atol=4 * eps)
 
 
-def test_attention_prunes_query_key_and_mask_and_refuses_dropout():
+def test_attention_prunes_query_and_key_and_refuses_dropout():
     q, k, v = (t.detach().requires_grad_() for t in heads(2, 3))
     mask = torch.randn(5, 6, **DOUBLE).requires_grad_()
-    out = attention(q, k, v, mask)
-    grads = torch.autograd.grad(out.sum(), (q, k, v, mask), allow_unused=True, retain_graph=True)
-    assert [g is None for g in grads] == [True, True, False, True]
+    grads = torch.autograd.grad(
+        attention(q, k, v, mask).square().sum(), (q, k, v, mask), allow_unused=True
+    )
+    assert [g is None for g in grads] == [True, True, False, False]
+    real = F.scaled_dot_product_attention(q, k, v, mask).square().sum()
+    for ours, theirs in zip(grads[2:], torch.autograd.grad(real, (v, mask)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    out = attention(q, k, v, mask.detach())
+    grads = torch.autograd.grad(out.sum(), (q, k, v), allow_unused=True, retain_graph=True)
+    assert [g is None for g in grads] == [True, True, False]
     assert not attention(q, k, v.detach()).requires_grad
     cotangent = torch.randn_like(out).requires_grad_()
     (g,) = torch.autograd.grad(out, v, cotangent, create_graph=True)

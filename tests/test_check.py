@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import fullgrad_theory as fgt
 from fullgrad_theory import backward
 from fullgrad_theory.errors import NonFiniteError
+from fullgrad_theory.operators import registry
 from fullgrad_theory.report import Verdict
 
 SOUND = (Verdict.PROVED, Verdict.NUMERIC)
@@ -71,7 +72,9 @@ def test_convolutional_nets(name: str) -> None:
 
         model: nn.Module = ConvMixer(dim=16, depth=2, kernel_size=3, patch_size=4, num_classes=5)
     elif name == "test_vgg":
-        model = timm.create_model("vgg11", num_classes=5, feature_window_size=2)
+        from timm.models.vgg import VGG
+
+        model = VGG(cfg=[8, "M", 16, "M", 16, "M"], num_classes=5, mlp_ratio=0.01)
     else:
         model = timm.create_model(name, num_classes=5)
     report = fgt.check_completeness(model.eval(), torch.randn(1, 3, 64, 64))
@@ -278,7 +281,9 @@ def test_raise_json_and_determinism() -> None:
     fgt.check_completeness(model, x, policy="libra").raise_if_incomplete()
 
 
-def test_a_registered_operation_needs_two_lines() -> None:
+def test_a_registered_operation_needs_two_lines(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
     @torch.library.custom_op("fgt_tests::triple", mutates_args=())
     def triple(x: Tensor) -> Tensor:
         return x * 3.0

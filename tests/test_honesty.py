@@ -30,7 +30,6 @@ from torch.utils import _pytree as pytree
 import fullgrad_theory as fgt
 from fullgrad_theory import backward, gates
 from fullgrad_theory.balance import rewrite
-from fullgrad_theory.errors import PlanError
 from fullgrad_theory.operators import Algebra, lookup, registered, target_name
 from fullgrad_theory.operators.samples import Sample, kinks, overload, samples
 from fullgrad_theory.rules import Edit, FreezeScale, Prune, Scale, Secant
@@ -560,14 +559,7 @@ def check(name: str) -> None:
         check_attention(name)
 
 
-KNOWN = {
-    "aten.copy.default": pytest.mark.xfail(
-        raises=RuntimeError, strict=True, reason="torch has no derivative of aten.copy"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=KNOWN.get(n, ())) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_edits_are_honest(name: str) -> None:
     check(name)
 
@@ -575,7 +567,7 @@ def test_edits_are_honest(name: str) -> None:
 def test_every_operation_that_carries_gradient_has_a_row() -> None:
     frozen = {o.name for o in registered() if o.algebra in FROZEN}
     assert {o.name for o in registered()} == {*NAMES, *LEFT_OUT} | frozen
-    assert set(EXTRA) | {n for n, _ in NO_DERIVATIVE} | set(KNOWN) <= set(NAMES)
+    assert set(EXTRA) | {n for n, _ in NO_DERIVATIVE} <= set(NAMES)
     assert {e for n in NAMES for e in lookup(n).edits} == {"secant", "freeze"}  # type: ignore[union-attr]
 
 
@@ -723,14 +715,13 @@ def test_a_pruned_edge_leaves_the_other_edges_of_its_value(name: str) -> None:
             torch.testing.assert_close(found, wanted, **CLOSE)
 
 
-# --------------------------------------------------------------------------- known to be wrong
+# --------------------------------------------------------------------------- edits together
 
 
 def attention_row() -> Row:
     return rows(ATTENTION)[2]  # with a live mask
 
 
-@pytest.mark.xfail(strict=True, reason="query and key pruned prune a live mask with them")
 def test_a_mask_that_is_not_pruned_keeps_its_gradient() -> None:
     row = attention_row()
     assert row.operands[3:] == ("attn_mask",)
@@ -742,12 +733,7 @@ def test_a_mask_that_is_not_pruned_keeps_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_an_edge_is_scaled_in_whatever_order_edits_come(
-    last: bool, request: pytest.FixtureRequest
-) -> None:
-    if last:
-        reason = "pruning query and key replaces the call, whose edges are then unknown"
-        request.applymarker(pytest.mark.xfail(raises=PlanError, strict=True, reason=reason))
+def test_an_edge_is_scaled_in_whatever_order_edits_come(last: bool) -> None:
     row = rows(ATTENTION)[0]
     prunes = (Prune(row.node, "query"), Prune(row.node, "key"))
     edge = (Scale(row.node, Fraction(1, 4), "value"),)
@@ -757,7 +743,6 @@ def test_an_edge_is_scaled_in_whatever_order_edits_come(
     check_point(row, edited(row, edits), row.tensors, expected, slopes)
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="copy_ becomes aten.copy")
 def test_a_write_into_memory_has_a_backward() -> None:
     def write(x: Tensor) -> Tensor:
         y = torch.zeros(2, 3, **DOUBLE)

@@ -129,8 +129,6 @@ def real_product(a: Tensor, b: Tensor) -> Tensor:
 NO_GRADIENT = {
     ("aten.batch_norm.default", "running_mean"),
     ("aten._native_batch_norm_legit_no_training.default", "running_mean"),
-    ("aten.copy.default", "src"),
-    ("aten.copy.default", "self"),
 }
 
 
@@ -371,8 +369,8 @@ def test_shape_only_operands_may_have_any_degree() -> None:
     for name in ("aten.expand_as.default", "aten.view_as.default", "aten.type_as.default"):
         (relation,) = degree_of(name, Sample((x, y), {}, ("self", "other")))
         assert relation.zero == () and relation.terms == ((("self", 1),),)
-    (relation,) = degree_of("aten.copy.default", Sample((x, y), {}, ("self", "src")))
-    assert relation.zero == () and relation.terms == ((("src", 1),),)
+    (relation,) = degree_of("aten.fill.Tensor", Sample((x, y[0, 0]), {}, ("self", "value")))
+    assert relation.zero == () and relation.terms == ((("value", 1),),)
 
 
 def test_literal_zero_is_no_bias() -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -449,14 +450,15 @@ def kinks(name: str, dtype: torch.dtype = torch.float64) -> Iterator[Sample]:
         return  # a constant matrix has no inverse
     for value in KINKS:
         for args, kwargs in cases(name):
-            held = pytree.tree_map_only(
-                _Draw,
-                lambda d, v=value: torch.full(d.shape, v, dtype=dtype),
-                (args, kwargs),  # type: ignore[misc]
-            )
+            filled = partial(_filled, value, dtype)
+            held = pytree.tree_map_only(_Draw, filled, (args, kwargs))
             fixed, named = pytree.tree_map_only(Fraction, float, held)
             sets = _live_sets(name, fixed, named)
             yield Sample(fixed, named, sets[0] if sets else ())
+
+
+def _filled(value: float, dtype: torch.dtype, draw: _Draw) -> Tensor:
+    return torch.full(draw.shape, value, dtype=dtype)
 
 
 # --------------------------------------------------------------------------- calls

@@ -92,7 +92,6 @@ for _name, _signature in {
     "aten.index_fill.int_Scalar": "self + value",
     "aten.index_fill.int_Tensor": "self + value",
     # what stood there before is overwritten, it lends its shape only
-    "aten.copy.default": "src*self^0",
     "aten.fill.Tensor": "value*self^0",
 }.items():
     register(_name, Algebra.STRUCTURAL, _signature)
