@@ -30,6 +30,39 @@ _BROADCAST_CHANNEL = {
 }
 
 
+def bias_maps(
+    node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+) -> list[Tensor]:
+    """J_b b of every output that has bias leaves, the first ones; see `bias_map`."""
+    if call.operator.algebra in (Algebra.SMOOTH, Algebra.ATTENTION):
+        return origins(node, call, args, kwargs)
+    return [bias_map(node, call, args, kwargs, outputs[0])]
+
+
+def origins(
+    node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """f(0) of every output: the operation with its moving operands at 0.
+
+    An infinite entry is a mask's, which restricts the domain: it stays as it is.
+    """
+    values = _runtime(node, call, args, kwargs)
+    with torch.no_grad():
+        zeroed = {n: origin(values[n]) for n in call.moving if is_ray(values[n])}
+        result = _call(node, call, args, kwargs, zeroed)
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def is_ray(value: Any) -> bool:
+    """Whether a value can move along a ray: it is a tensor of real or complex numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def origin(value: Tensor) -> Tensor:
+    """The start of the ray to `value`: 0, but where it is infinite."""
+    return torch.where(value.isinf(), value, 0.0)
+
+
 def bias_map(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
@@ -42,8 +75,8 @@ def bias_map(
     values = _runtime(node, call, args, kwargs)
     with torch.no_grad():
         if call.operator.algebra is Algebra.ELEMENTWISE:
-            origin = torch.zeros_like(output).reshape(-1)[:1]
-            return _call(node, call, args, kwargs, {next(iter(call.moving)): origin})
+            zero = torch.zeros_like(output).reshape(-1)[:1]
+            return _first(_call(node, call, args, kwargs, {next(iter(call.moving)): zero}))
         if name in _BROADCAST_LAST:
             return values["bias"]
         if name in _BROADCAST_CHANNEL:
@@ -59,7 +92,11 @@ def bias_map(
         relations = polynomial(call.operator.signature, call) or ()
         factors = {n for r in relations for term in r.terms for n, power in term if power > 0}
         zeroed = {n: torch.zeros_like(values[n]) for n in factors}
-        return _call(node, call, args, kwargs, zeroed)
+        return _first(_call(node, call, args, kwargs, zeroed))
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def _runtime(
@@ -89,7 +126,7 @@ def _call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     replaced: dict[str, Tensor],
-) -> Tensor:
+) -> Any:
     """The operation itself with some operands replaced."""
 
     def swap(name: str, value: Any) -> Any:
@@ -99,15 +136,14 @@ def _call(
 
     bound = {n: swap(n, v) for n, v in _named(node, args, kwargs).items()}
     positional = list(bound)[: len(args)]
-    result = node.target(  # type: ignore[operator]
+    return node.target(  # type: ignore[operator]
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
-    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def leaf_names(node: fx.Node, call: Call) -> str:
     """What the leaves at a node are called: parameter names where they are parameters."""
-    if call.operator.algebra is Algebra.ELEMENTWISE:
+    if call.operator.algebra in (Algebra.ELEMENTWISE, Algebra.SMOOTH, Algebra.ATTENTION):
         return "f(0)"
     names = bias_operands(call)
     by_name = {o.name: o for o in call.operands}

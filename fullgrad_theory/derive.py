@@ -22,7 +22,7 @@ from .errors import NoPlanError
 from .operators import Algebra, Call, Relation, target_name
 from .plan import Plan, fingerprint
 from .policies import Policy, policy
-from .rules import NODE_EDITS, Edit, Prune, Scale
+from .rules import NODE_EDITS, Edit, Integrate, Prune, Scale
 from .trace import ComputationGraph, Inputs, Model, module_path, trace
 
 HIGHEST = 32
@@ -323,6 +323,8 @@ class _Labelling:
     def _add(self, place: int, site: Site) -> None:
         model, alive = self.model, self.alive[place]
         seen = {name: self._seen(place, name, ref) for name, ref in site.operands}
+        reads = [name for name, ref in site.operands if ref is not None]
+        edges = dict(zip(reads, (pruned for _, pruned in self.read[place]), strict=True))
         wanted = [
             self._new_degree(small) if live else self.zero_var
             for live, small in zip(site.live, site.small, strict=True)
@@ -342,7 +344,7 @@ class _Labelling:
             way = self._choose(Choice(place, option.edit or ""), option.cost)
             for relation, value, live in zip(option.relations, natural, site.live, strict=True):
                 if live:
-                    self._hold(relation, value, seen, way)
+                    self._hold(relation, value, seen, edges, way)
             ways.append(way)
         if site.leave is not None:
             way = self._choose(Choice(place, "leave"), site.leave)
@@ -382,8 +384,10 @@ class _Labelling:
         relation: Relation,
         value: cp_model.IntVar,
         seen: dict[str, cp_model.IntVar],
+        edges: dict[str, cp_model.IntVar | None],
         way: cp_model.IntVar,
     ) -> None:
+        """`edges`: the live operands, each with the literal that it is pruned (None: it cannot)."""
         for name in relation.zero:
             self.model.add(seen[name] == 0).only_enforce_if(way)
         if not relation.terms:
@@ -392,6 +396,10 @@ class _Labelling:
             common = lcm(*(exponent.denominator for _, exponent in term))
             total = sum(int(exponent * common) * seen[name] for name, exponent in term)
             self.model.add(common * value == total).only_enforce_if(way)
+        for name in relation.ray:  # moves as the output does, or is pruned or frozen
+            if name in edges:
+                free = [] if edges[name] is None else [~edges[name]]
+                self.model.add(seen[name] == value).only_enforce_if(way, *free)
         if relation.domain is not None:
             self._restrict(value, relation.domain, way)
 
@@ -513,6 +521,9 @@ def _reason(edit: Edit, before: Degrees, after: Degrees) -> str:
         return f"{what} of degree {1 / edit.factor}, scaled to degree 1"
     if call.operator.algebra is Algebra.NORMALISER:
         return "1/sigma depends on the input; held fixed, the layer is linear in it"
+    if isinstance(edit, Integrate):
+        origin = "; f(0) is a bias leaf" if after.biases.get(edit.node) else ""
+        return f"no closed form: its Jacobian is averaged along the ray from 0{origin}"
     origin = f"; f(0) = {call.operator.origin:.3g} is a bias leaf" if call.operator.origin else ""
     return f"not homogeneous: the secant from 0 takes the place of the derivative{origin}"
 

@@ -18,6 +18,7 @@ def register(
     origin: float = 0.0,
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None,
     note: str = "",
+    vanishes: str = "",
 ) -> Operator:
     """Add one operation, e.g. `register('mylib.scale.default', Algebra.STRUCTURAL, 'x')`.
 
@@ -26,7 +27,7 @@ def register(
     """
     if name in _REGISTRY:
         raise ValueError(f"{name} is registered already as {_REGISTRY[name].algebra}")
-    _REGISTRY[name] = Operator(name, algebra, signature, origin, refuses, note)
+    _REGISTRY[name] = Operator(name, algebra, signature, origin, refuses, note, vanishes)
     return _REGISTRY[name]
 
 
