@@ -6,6 +6,7 @@ parameter can be coefficient and bias at once; so the contribution is taken at t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def origins(
     values = _runtime(node, call, args, kwargs)
     with torch.no_grad():
         zeroed = {n: origin(values[n]) for n in call.moving if is_ray(values[n])}
-        result = _call(node, call, args, kwargs, zeroed)
+        result = evaluate(node.target, args, kwargs, zeroed)
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
@@ -76,7 +77,7 @@ def bias_map(
     with torch.no_grad():
         if call.operator.algebra is Algebra.ELEMENTWISE:
             zero = torch.zeros_like(output).reshape(-1)[:1]
-            return _first(_call(node, call, args, kwargs, {next(iter(call.moving)): zero}))
+            return _first(evaluate(node.target, args, kwargs, {next(iter(call.moving)): zero}))
         if name in _BROADCAST_LAST:
             return values["bias"]
         if name in _BROADCAST_CHANNEL:
@@ -92,7 +93,7 @@ def bias_map(
         relations = polynomial(call.operator.signature, call) or ()
         factors = {n for r in relations for term in r.terms for n, power in term if power > 0}
         zeroed = {n: torch.zeros_like(values[n]) for n in factors}
-        return _first(_call(node, call, args, kwargs, zeroed))
+        return _first(evaluate(node.target, args, kwargs, zeroed))
 
 
 def _first(result: Any) -> Tensor:
@@ -103,7 +104,7 @@ def _runtime(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Operand name -> its value at run time."""
-    bound = _named(node, args, kwargs)
+    bound = named(node.target, args, kwargs)
     values: dict[str, Any] = {}
     for operand in call.operands:
         stem, _, index = operand.name.partition("[")
@@ -114,29 +115,26 @@ def _runtime(
     return values
 
 
-def _named(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    schema = getattr(node.target, "_schema", None)
+def named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their schema names; a function without a schema: `arg0`, ..."""
+    schema = getattr(function, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else [f"arg{i}" for i in range(len(args))]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _call(
-    node: fx.Node,
-    call: Call,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    replaced: dict[str, Tensor],
+def evaluate(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: Mapping[str, Tensor]
 ) -> Any:
-    """The operation itself with some operands replaced."""
+    """A function's value with some operands replaced, by name."""
 
     def swap(name: str, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [replaced.get(f"{name}[{i}]", v) for i, v in enumerate(value)]
         return replaced.get(name, value)
 
-    bound = {n: swap(n, v) for n, v in _named(node, args, kwargs).items()}
+    bound = {n: swap(n, v) for n, v in named(function, args, kwargs).items()}
     positional = list(bound)[: len(args)]
-    return node.target(  # type: ignore[operator]
+    return function(
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
 
