@@ -17,6 +17,7 @@ from .plan import Plan
 from .policies import Policy, policies, policy
 from .report import EndToEnd, IncompleteError, NodeReport, Report, Verdict
 from .rules import FreezeScale, Integrate, Prune, Scale, Secant
+from .sublayer import integrate
 from .trace import ComputationGraph, trace
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "degrees",
     "derive_rules",
     "fullgrad",
+    "integrate",
     "policies",
     "policy",
     "register",

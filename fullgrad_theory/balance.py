@@ -14,6 +14,7 @@ from . import backward, quadrature
 from .degrees import degrees
 from .derive import derive_rules
 from .errors import InputError, PlanError
+from .fold import fold
 from .operators import bind, target_name
 from .plan import Plan
 from .policies import Policy
@@ -31,6 +32,7 @@ class Balanced(nn.Module):
 
     def __init__(self, graph: ComputationGraph, plan: Plan) -> None:
         super().__init__()
+        graph = fold(graph, plan.edits)
         self.fx = rewrite(graph, plan.edits)
         self.plan = plan
         self.graph: ComputationGraph | None = graph
@@ -80,6 +82,7 @@ def rewrite(
     Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `backward.scale`; a
     secant, a frozen norm, an attention with pruned weights and an integral have their own backward.
     """
+    graph = fold(graph, edits)
     copied = copy.deepcopy(graph.fx.graph)
     nodes = {node.name: node for node in copied.nodes}
     missing = sorted({e.node for e in edits} - nodes.keys())

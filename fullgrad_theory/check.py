@@ -16,6 +16,7 @@ from .balance import Balanced, rewrite
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
 from .errors import NonConvergenceWarning, NonFiniteError, NoPlanError
+from .fold import fold
 from .fullgrad import Run, inner
 from .numeric import (
     NodeByNode,
@@ -118,7 +119,9 @@ class _Audit:
             self.plan = policy if isinstance(policy, Plan) else self._derive(policy)
             self.policy = self.plan.policy if self.plan else str(policy)
         edits = self.plan.edits if self.plan else ()
-        self.labels = degrees(self.graph, edits, unedited.live)
+        folded = fold(self.graph, edits)
+        self.labels = degrees(folded, edits, unedited.live if folded is self.graph else None)
+        self.graph = folded
         self._mends(unedited)
         proved = symbolic.proved_operations()
         for name in self.graph.nodes:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from .errors import PlanError, UnregisteredOperationError
+from .fold import fold
 from .functionalise import enter_autocast, leave_autocast
 from .operators import Algebra, Call, Mode, Operator, Relation, bind, lookup, target_name
 from .operators.base import bias_operands, operands, polynomial
@@ -242,7 +243,9 @@ def degrees(
     graph: ComputationGraph, edits: Collection[Edit] = (), live: Liveness | None = None
 ) -> Degrees:
     """Label every value with its degree under `edits`; see `Degrees`."""
-    live = live or liveness(graph)
+    folded = fold(graph, edits)
+    live = live if live is not None and folded is graph else liveness(folded)
+    graph = folded
     findings: dict[str, Finding] = {}
     by_node = _by_node(edits)
     while True:

@@ -19,7 +19,8 @@ from torch import fx
 
 from .degrees import Degrees, Liveness, State, degrees, liveness
 from .errors import NoPlanError
-from .operators import Algebra, Call, Relation, target_name
+from .operators import Algebra, Call, Mode, Relation, target_name
+from .operators.registry import REGION
 from .plan import Plan, fingerprint
 from .policies import Policy, policy
 from .rules import NODE_EDITS, Edit, Integrate, Prune, Scale
@@ -168,7 +169,7 @@ class _Problem:
         sites = {}
         for name in self.names:
             call = self.live.calls[name]
-            modes = [(m, self.policy.mode_cost(m)) for m in call.operator.modes(call)]
+            modes = [(m, _mode_cost(self.policy, call, m)) for m in call.operator.modes(call)]
             options = tuple(Option(m.edit, c, m.outputs) for m, c in modes if c is not None)
             live = tuple(state is State.LIVE for state in self.live.states[name])
             refs = dict(operands[name])
@@ -229,6 +230,11 @@ class _Problem:
         if sites[-1].small == (True,):
             sites[-1] = replace(sites[-1], must_be_one=True)
         return tuple(sites)
+
+
+def _mode_cost(policy: Policy, call: Call, mode: Mode) -> int | None:
+    """What the policy asks; a region was folded by the user, in order to be integrated."""
+    return 0 if call.operator is REGION else policy.mode_cost(mode)
 
 
 def _is_small(
@@ -506,7 +512,7 @@ def _cost(edit: Edit, after: Degrees, policy: Policy) -> int:
         return policy.prune or 0
     if isinstance(edit, Scale):
         return 0 if edit.argument else policy.scale or 0
-    return policy.mode_cost(after.modes[edit.node]) or 0
+    return _mode_cost(policy, after.live.calls[edit.node], after.modes[edit.node]) or 0
 
 
 def _reason(edit: Edit, before: Degrees, after: Degrees) -> str:

@@ -229,9 +229,11 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
 
 def widened(module: fx.GraphModule) -> fx.GraphModule:
     """The graph without casts to a lower precision, which would limit the audit to it."""
-    for node in module.graph.nodes:
-        node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
-    module.recompile()
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
+            part.recompile()
     return module
 
 

@@ -22,6 +22,8 @@ from torch.autograd import Function
 from .backward import _leaf, _wide
 from .bias import evaluate, is_ray, named, origin
 from .errors import NonConvergenceWarning, NonFiniteError
+from .fold import region
+from .operators.registry import REGION
 
 RULE = tuple(zip(*np.polynomial.legendre.leggauss(8), strict=True))
 """Gauss-Legendre on [-1, 1], exact to degree 15; a piece that it misses is halved"""
@@ -213,6 +215,8 @@ def _inner(a: Tensor, b: Tensor) -> float:
 
 
 def _function(name: str) -> Callable[..., Any]:
+    if name == REGION.name:
+        return region
     space, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, space), packet), overload)
 

@@ -8,6 +8,8 @@ from typing import Any
 from .base import Algebra, Operator
 
 _REGISTRY: dict[str, Operator] = {}
+REGION = Operator("fullgrad_theory.fold.region", Algebra.SMOOTH)
+"""no operation of its own: a sub-layer that was folded into one call, to be integrated"""
 
 
 def register(
@@ -33,7 +35,7 @@ def register(
 
 def lookup(name: str) -> Operator | None:
     """The entry of an operation, None where nobody registered it."""
-    return _REGISTRY.get(name)
+    return REGION if name == REGION.name else _REGISTRY.get(name)
 
 
 def registered() -> Iterator[Operator]:
