@@ -16,7 +16,8 @@ from .operators import Algebra, register
 from .plan import Plan
 from .policies import Policy, policies, policy
 from .report import EndToEnd, IncompleteError, NodeReport, Report, Verdict
-from .rules import FreezeScale, Prune, Scale, Secant
+from .rules import FreezeScale, Integrate, Prune, Scale, Secant
+from .sublayer import integrate
 from .trace import ComputationGraph, trace
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "FullGrad",
     "FullgradError",
     "IncompleteError",
+    "Integrate",
     "NodeReport",
     "Plan",
     "Policy",
@@ -42,6 +44,7 @@ __all__ = [
     "degrees",
     "derive_rules",
     "fullgrad",
+    "integrate",
     "policies",
     "policy",
     "register",

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import operator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from . import backward
+from . import backward, quadrature
+from .degrees import degrees
 from .derive import derive_rules
 from .errors import InputError, PlanError
+from .fold import fold
 from .operators import bind, target_name
 from .plan import Plan
 from .policies import Policy
-from .rules import Edit, FreezeScale, Prune, Scale, Secant
+from .rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
 from .trace import ComputationGraph, Inputs, Model, tensor_value, trace
 
 aten = torch.ops.aten
@@ -30,6 +33,7 @@ class Balanced(nn.Module):
 
     def __init__(self, graph: ComputationGraph, plan: Plan) -> None:
         super().__init__()
+        graph = fold(graph, plan.edits)
         self.fx = rewrite(graph, plan.edits)
         self.plan = plan
         self.graph: ComputationGraph | None = graph
@@ -77,13 +81,15 @@ def rewrite(
     """A copy of the graph with the edits written in, over the model's parameters or `root`'s.
 
     Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `backward.scale`; a
-    secant, a frozen norm and an attention with pruned weights get a backward of their own.
+    secant, a frozen norm, an attention with pruned weights and an integral have their own backward.
     """
+    graph = fold(graph, edits)
     copied = copy.deepcopy(graph.fx.graph)
     nodes = {node.name: node for node in copied.nodes}
     missing = sorted({e.node for e in edits} - nodes.keys())
     if missing:
         raise PlanError(f"the plan edits nodes this graph does not have: {', '.join(missing[:5])}")
+    labels = cache(lambda: degrees(graph, edits))
     for edit in sorted(edits, key=_edges_first):
         node = nodes[edit.node]
         if isinstance(edit, Prune):
@@ -106,6 +112,10 @@ def rewrite(
             node.target = backward.secant
         elif isinstance(edit, FreezeScale):
             node.target = backward.FREEZES[target_name(node.target)]
+        elif isinstance(edit, Integrate):
+            along = labels().rays.get(node.name, ())
+            node.args = (target_name(node.target), along, graph.describe(node.name), *node.args)
+            node.target = quadrature.integrate
     pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
     for name in {name for name, _ in pruned}:
         held = {(name, "query"), (name, "key")} <= pruned

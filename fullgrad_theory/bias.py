@@ -6,7 +6,7 @@ parameter can be coefficient and bias at once; so the contribution is taken at t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,39 @@ _BROADCAST_CHANNEL = {
 }
 
 
+def bias_maps(
+    node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+) -> list[Tensor]:
+    """J_b b of every output that has bias leaves, the first ones; see `bias_map`."""
+    if call.operator.algebra in (Algebra.SMOOTH, Algebra.ATTENTION):
+        return origins(node, call, args, kwargs)
+    return [bias_map(node, call, args, kwargs, outputs[0])]
+
+
+def origins(
+    node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """f(0) of every output: the operation with its moving operands at 0.
+
+    An infinite entry is a mask's, which restricts the domain: it stays as it is.
+    """
+    values = _runtime(node, call, args, kwargs)
+    with torch.no_grad():
+        zeroed = {n: origin(values[n]) for n in call.moving if is_ray(values[n])}
+        result = evaluate(node.target, args, kwargs, zeroed)
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def is_ray(value: Any) -> bool:
+    """Whether a value can move along a ray: it is a tensor of real or complex numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def origin(value: Tensor) -> Tensor:
+    """The start of the ray to `value`: 0, but where it is infinite."""
+    return torch.where(value.isinf(), value, 0.0)
+
+
 def bias_map(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
@@ -45,8 +78,8 @@ def bias_map(
     values = _runtime(node, call, args, kwargs)
     with torch.no_grad():
         if call.operator.algebra is Algebra.ELEMENTWISE:
-            origin = torch.zeros_like(output).reshape(-1)[:1]
-            return _call(node, call, args, kwargs, {next(iter(call.moving)): origin})
+            zero = torch.zeros_like(output).reshape(-1)[:1]
+            return _first(evaluate(node.target, args, kwargs, {next(iter(call.moving)): zero}))
         if name in _BROADCAST_LAST:
             return values["bias"]
         if name in _BROADCAST_CHANNEL:
@@ -67,7 +100,11 @@ def bias_map(
         relations = polynomial(call.operator.signature, call) or ()
         factors = {n for r in relations for term in r.terms for n, power in term if power > 0}
         zeroed = {n: torch.zeros_like(values[n]) for n in factors}
-        return _call(node, call, args, kwargs, zeroed)
+        return _first(evaluate(node.target, args, kwargs, zeroed))
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def _tangent(function: Callable[[Tensor], Tensor], value: Tensor, output: Tensor) -> Tensor:
@@ -84,7 +121,7 @@ def _runtime(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Operand name -> its value at run time."""
-    bound = _named(node, args, kwargs)
+    bound = named(node.target, args, kwargs)
     values: dict[str, Any] = {}
     for operand in call.operands:
         stem, _, index = operand.name.partition("[")
@@ -95,37 +132,33 @@ def _runtime(
     return values
 
 
-def _named(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    schema = getattr(node.target, "_schema", None)
+def named(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their schema names; a function without a schema: `arg0`, ..."""
+    schema = getattr(function, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else [f"arg{i}" for i in range(len(args))]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _call(
-    node: fx.Node,
-    call: Call,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    replaced: dict[str, Tensor],
-) -> Tensor:
-    """The operation itself with some operands replaced."""
+def evaluate(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], replaced: Mapping[str, Tensor]
+) -> Any:
+    """A function's value with some operands replaced, by name."""
 
     def swap(name: str, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [replaced.get(f"{name}[{i}]", v) for i, v in enumerate(value)]
         return replaced.get(name, value)
 
-    bound = {n: swap(n, v) for n, v in _named(node, args, kwargs).items()}
+    bound = {n: swap(n, v) for n, v in named(function, args, kwargs).items()}
     positional = list(bound)[: len(args)]
-    result = node.target(  # type: ignore[operator]
+    return function(
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
-    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def leaf_names(node: fx.Node, call: Call) -> str:
     """What the leaves at a node are called: parameter names where they are parameters."""
-    if call.operator.algebra is Algebra.ELEMENTWISE:
+    if call.operator.algebra in (Algebra.ELEMENTWISE, Algebra.SMOOTH, Algebra.ATTENTION):
         return "f(0)"
     names = bias_operands(call)
     by_name = {o.name: o for o in call.operands}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -15,7 +16,8 @@ from . import symbolic
 from .balance import Balanced, rewrite
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
-from .errors import NonFiniteError, NoPlanError
+from .errors import NonConvergenceWarning, NonFiniteError, NoPlanError
+from .fold import fold
 from .fullgrad import Run, inner
 from .numeric import (
     NodeByNode,
@@ -118,7 +120,9 @@ class _Audit:
             self.plan = policy if isinstance(policy, Plan) else self._derive(policy)
             self.policy = self.plan.policy if self.plan else str(policy)
         edits = self.plan.edits if self.plan else ()
-        self.labels = degrees(self.graph, edits, unedited.live)
+        folded = fold(self.graph, edits)
+        self.labels = degrees(folded, edits, unedited.live if folded is self.graph else None)
+        self.graph = folded
         self._mends(unedited)
         proved = symbolic.proved_operations()
         for name in self.graph.nodes:
@@ -130,7 +134,9 @@ class _Audit:
                 self.verdicts[name] = Verdict.OPAQUE if finding.opaque else Verdict.VIOLATED
                 self.reasons[name] = finding.reason
             else:
-                self.verdicts[name] = Verdict.PROVED if op.name in proved else Verdict.NUMERIC
+                # that an integral exists is proved, that it was found is measured
+                lemma = op.name in proved and self.labels.modes[name].edit != "integrate"
+                self.verdicts[name] = Verdict.PROVED if lemma else Verdict.NUMERIC
                 self.reasons[name] = LEMMAS[op.algebra]
         self._outputs()
 
@@ -234,7 +240,15 @@ class _Audit:
             if name not in self.verdicts:
                 continue
             sound = self.verdicts[name] in (Verdict.PROVED, Verdict.NUMERIC)
-            if sound and not error <= LOCAL_TOLERANCE:
+            if name in local.unconverged:
+                self.verdicts[name] = Verdict.UNKNOWN
+                self.reasons[name] = "the integral along its ray from 0 did not converge"
+                self.problems.append(
+                    f"{self.graph.describe(name)}: the integral along its ray from 0 did not "
+                    f"converge (residual {error:.1e}): a kink or a step on the ray; forbid it with "
+                    "dataclasses.replace(policy, integrate=None), so that something is pruned"
+                )
+            elif sound and not error <= LOCAL_TOLERANCE:
                 self.verdicts[name] = Verdict.UNKNOWN
                 what = self.graph.describe(name)
                 self.problems.append(
@@ -258,7 +272,9 @@ class _Audit:
             biases[name] = biases.get(name, 0.0) + inner(g, added)
 
         run = Run(module, self.graph, self.labels, on_bias)
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # reported node by node, and by the residual
+            warnings.simplefilter("ignore", NonConvergenceWarning)
             outputs = float_leaves(run.run(*inputs, enable_io_processing=False))
             cotangents = [aligned(o, self.seed) for o in outputs]
             magnitude = sum(

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from .errors import PlanError, UnregisteredOperationError
+from .fold import fold
 from .functionalise import enter_autocast, leave_autocast
 from .operators import Algebra, Call, Mode, Operator, Relation, bind, lookup, target_name
 from .operators.base import bias_operands, operands, polynomial
@@ -217,13 +218,15 @@ class Degrees:
 
     `facts[node]`: a tuple, one an output. `seen[node]`: operand name -> degree at that edge (0
     where pruned or frozen). `biases[node]`: operands that are bias leaves there; `'f(0)'` for a
-    secant's origin. `findings`: nodes that break completeness. `alive`: on a gradient path.
+    secant's or an integral's origin. `rays[node]`: the operands that move where a node is
+    integrated. `findings`: nodes that break completeness. `alive`: on a gradient path.
     """
 
     facts: Mapping[str, tuple[Fact, ...]]
     seen: Mapping[str, Mapping[str, Fraction]]
     biases: Mapping[str, tuple[str, ...]]
     modes: Mapping[str, Mode]
+    rays: Mapping[str, tuple[str, ...]]
     findings: Mapping[str, Finding]
     alive: frozenset[str]
     live: Liveness
@@ -236,6 +239,7 @@ class _Pass:
     seen: dict[str, dict[str, Fraction]] = field(default_factory=dict)
     biases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     modes: dict[str, Mode] = field(default_factory=dict)
+    rays: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blamed: dict[str, Finding] = field(default_factory=dict)
 
 
@@ -243,7 +247,9 @@ def degrees(
     graph: ComputationGraph, edits: Collection[Edit] = (), live: Liveness | None = None
 ) -> Degrees:
     """Label every value with its degree under `edits`; see `Degrees`."""
-    live = live or liveness(graph)
+    folded = fold(graph, edits)
+    live = live if live is not None and folded is graph else liveness(folded)
+    graph = folded
     findings: dict[str, Finding] = {}
     by_node = _by_node(edits)
     pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
@@ -260,6 +266,7 @@ def degrees(
         result.seen,
         result.biases,
         result.modes,
+        result.rays,
         {n: f for n, f in findings.items() if n in alive},
         alive,
         live,
@@ -331,6 +338,10 @@ def _visit(
     if mode is None:
         raise PlanError(f"{graph.describe(node.name)} does not take the edit {wanted!r}")
     sweep.modes[node.name] = mode
+    if mode.edit == "integrate":
+        (relation,) = mode.outputs
+        names = [*(n for term in relation.terms for n, _ in term), *relation.ray]
+        sweep.rays[node.name] = tuple(n for n in names if seen[n].state is State.LIVE)
     factor = prod(e.factor for e in edits if isinstance(e, Scale) and e.argument is None)
     moves = any(f.state is State.LIVE for f in seen.values())
     facts = []
@@ -361,7 +372,7 @@ def _judge(
     totals = {
         sum((exponent * seen[name].degree for name, exponent in term), ZERO)
         for term in relation.terms
-    }
+    } | {seen[name].degree for name in relation.ray if seen[name].state is State.LIVE}
     wrong = [n for n in relation.zero if seen[n].degree != 0]
     natural = next(iter(totals)) if len(totals) == 1 else ZERO
     agrees = len(totals) <= 1
@@ -377,6 +388,8 @@ def _judge(
         reason = (
             "adds a frozen value, which nobody attributes, to a live one"
             if opaque
+            else f"its ray from 0 moves operands of degree {degrees_text}, not alike"
+            if sweep.modes[node.name].edit == "integrate"
             else f"adds values of degree {degrees_text}"
         )
         blame = _origins(relation, seen) if not opaque else blame
@@ -428,12 +441,14 @@ def _adds_frozen(
 
 
 def _origins(relation: Relation, seen: Mapping[str, Fact]) -> frozenset[str]:
-    return frozenset().union(*(seen[n].origins for term in relation.terms for n, _ in term))
+    names = [*(n for term in relation.terms for n, _ in term), *relation.ray]
+    return frozenset().union(*(seen[n].origins for n in names))
 
 
 def _bias_operands(call: Call, relation: Relation) -> tuple[str, ...]:
-    """The operands that lead a constant monomial of the signature; `f(0)` for a secant."""
-    if call.operator.origin and relation.domain == (1,):
+    """The operands that lead a constant monomial of the signature; `f(0)` where J~ is a secant or
+    an integral from 0."""
+    if relation.domain == (1,):
         return ("f(0)",)
     return bias_operands(call)
 

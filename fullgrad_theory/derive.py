@@ -21,10 +21,11 @@ from torch import fx
 
 from .degrees import Degrees, Liveness, State, degrees, liveness
 from .errors import InputError, NoPlanError, PolicyError
-from .operators import Algebra, Call, Relation, target_name
+from .operators import Algebra, Call, Mode, Relation, target_name
+from .operators.registry import REGION
 from .plan import Plan, compress, fingerprint
 from .policies import Policy, policy, within
-from .rules import NODE_EDITS, Edit, Prune, Scale
+from .rules import NODE_EDITS, Edit, Integrate, Prune, Scale
 from .trace import ComputationGraph, Inputs, Model, module_path, trace
 
 HIGHEST = 32
@@ -218,7 +219,7 @@ class _Problem:
         sites = {}
         for name in self.names:
             call = self.live.calls[name]
-            modes = [(m, self.policy.mode_cost(m)) for m in call.operator.modes(call)]
+            modes = [(m, _mode_cost(self.policy, call, m)) for m in call.operator.modes(call)]
             options = tuple(Option(m.edit, c, m.outputs) for m, c in modes if c is not None)
             live = tuple(state is State.LIVE for state in self.live.states[name])
             refs = dict(operands[name])
@@ -280,6 +281,11 @@ class _Problem:
         if sites[-1].small == (True,):
             sites[-1] = replace(sites[-1], must_be_one=True)
         return tuple(sites)
+
+
+def _mode_cost(policy: Policy, call: Call, mode: Mode) -> int | None:
+    """What the policy asks; a region was folded by the user, in order to be integrated."""
+    return 0 if call.operator is REGION else policy.mode_cost(mode)
 
 
 def _is_small(
@@ -494,6 +500,8 @@ class _Labelling:
     def _add(self, place: int, site: Site) -> None:
         model, alive = self.model, self.alive[place]
         seen = {name: self._seen(place, name, ref) for name, ref in site.operands}
+        reads = [name for name, ref in site.operands if ref is not None]
+        edges = dict(zip(reads, (pruned for _, pruned in self.read[place]), strict=True))
         wanted = [
             self._new_degree(small) if live else self.zero_var
             for live, small in zip(site.live, site.small, strict=True)
@@ -514,7 +522,7 @@ class _Labelling:
             way = self._choose(Choice(place, option.edit or ""), option.cost, rank)
             for relation, value, live in zip(option.relations, natural, site.live, strict=True):
                 if live:
-                    self._hold(relation, value, seen, way)
+                    self._hold(relation, value, seen, edges, way)
             ways.append(way)
         if site.leave is not None:
             way = self._choose(Choice(place, "leave"), site.leave)
@@ -580,8 +588,10 @@ class _Labelling:
         relation: Relation,
         value: cp_model.IntVar,
         seen: dict[str, cp_model.IntVar],
+        edges: dict[str, cp_model.IntVar | None],
         way: cp_model.IntVar,
     ) -> None:
+        """`edges`: the live operands, each with the literal that it is pruned (None: it cannot)."""
         for name in relation.zero:
             self.model.add(seen[name] == 0).only_enforce_if(way)
         if not relation.terms:
@@ -590,6 +600,10 @@ class _Labelling:
             common = lcm(*(exponent.denominator for _, exponent in term))
             total = sum(int(exponent * common) * seen[name] for name, exponent in term)
             self.model.add(common * value == total).only_enforce_if(way)
+        for name in relation.ray:  # moves as the output does, or is pruned or frozen
+            if name in edges:
+                free = [] if edges[name] is None else [~edges[name]]
+                self.model.add(seen[name] == value).only_enforce_if(way, *free)
         if relation.domain is not None:
             self._restrict(value, relation.domain, way)
 
@@ -791,7 +805,8 @@ def _cost(edit: Edit, after: Degrees, problem: _Problem) -> int:
         return problem.prune_cost(edit.node, edit.argument) or 0
     if isinstance(edit, Scale):
         return 0 if edit.argument else problem.policy.scale or 0
-    return problem.policy.mode_cost(after.modes[edit.node]) or 0
+    call = after.live.calls[edit.node]
+    return _mode_cost(problem.policy, call, after.modes[edit.node]) or 0
 
 
 def _reason(edit: Edit, before: Degrees, after: Degrees) -> str:
@@ -806,6 +821,9 @@ def _reason(edit: Edit, before: Degrees, after: Degrees) -> str:
         return f"{what} of degree {1 / edit.factor}, scaled to degree 1"
     if call.operator.algebra is Algebra.NORMALISER:
         return "1/sigma depends on the input; held fixed, the layer is linear in it"
+    if isinstance(edit, Integrate):
+        origin = "; f(0) is a bias leaf" if after.biases.get(edit.node) else ""
+        return f"no closed form: its Jacobian is averaged along the ray from 0{origin}"
     origin = f"; f(0) = {call.operator.origin:.3g} is a bias leaf" if call.operator.origin else ""
     return f"not homogeneous: the secant from 0 takes the place of the derivative{origin}"
 

@@ -46,6 +46,10 @@ class PlanError(FullgradError, ValueError):
     """A plan does not fit the graph it is applied to."""
 
 
+class NonConvergenceWarning(UserWarning):
+    """The quadrature of an integrated Jacobian missed its tolerance: the gradient is not complete."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """An error for a misspelt `name`, with the nearest of the `known` ones."""
     known = list(known)

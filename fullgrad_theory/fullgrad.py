@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from . import backward
+from . import backward, quadrature
 from .balance import Balanced, balance
-from .bias import bias_map, leaf_names
+from .bias import bias_maps, leaf_names
 from .degrees import Degrees, degrees
 from .errors import InputError
 from .trace import ComputationGraph, Inputs, Model, split_inputs, tensor_value
@@ -24,7 +25,7 @@ class Run(fx.Interpreter):
     """Runs a (rewritten) graph with gradients, its sources being leaves of their own.
 
     `on_bias(node, g, B)` is called during the backward with the cotangent g at every node where
-    bias leaves enter and what they add there, B = J_b b.
+    bias leaves enter and what they add there, B = J_b b; `node[i]` where output i of several is.
     """
 
     def __init__(
@@ -45,17 +46,26 @@ class Run(fx.Interpreter):
         return value
 
     def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        output = value[0] if isinstance(value, (tuple, list)) else value
-        if not output.requires_grad:
+        outputs = list(value) if isinstance(value, (tuple, list)) else [value]
+        if not any(output.requires_grad for output in outputs):
             return
         call = self.labels.live.calls[n.name]
-        added = bias_map(self.original[n.name], call, args, kwargs, output.detach())
-        output.register_hook(lambda g: self.on_bias(n.name, g.detach(), added))
+        known = [output.detach() for output in outputs]
+        maps = bias_maps(self.original[n.name], call, args, kwargs, known)
+        for index, (output, added) in enumerate(zip(outputs, maps, strict=False)):
+            if output.requires_grad:
+                key = n.name if len(maps) == 1 else f"{n.name}[{index}]"
+                output.register_hook(partial(self._on_gradient, key, added))
+
+    def _on_gradient(self, key: str, added: Tensor, g: Tensor | None) -> None:
+        if g is not None:  # of an output that nobody reads
+            self.on_bias(key, g.detach(), added)
 
 
 def original_args(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A rewritten node's arguments as the ATen operation takes them."""
-    return args[1:] if node.target is backward.secant else args
+    lead = {backward.secant: 1, quadrature.integrate: 3}
+    return args[lead.get(node.target, 0) :]
 
 
 def finite_products(g: Tensor, value: Tensor) -> Tensor:
@@ -111,7 +121,7 @@ def fullgrad(
         raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
     args, kwargs = split_inputs(graph.model, inputs)
     labels = degrees(graph, balanced.plan.edits)
-    batch_dims = {name: _batch_dim(graph, name) for name in labels.biases}
+    batch_dims = {key: _batch_dim(graph, *at) for key, at in _leaf_places(graph, labels).items()}
     size = next(t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     if graph.dynamic and size > 1 and None in batch_dims.values():
         parts = []
@@ -140,11 +150,23 @@ def _join(parts: Sequence[FullGrad]) -> FullGrad:
     )
 
 
-def _batch_dim(graph: ComputationGraph, name: str) -> int | None:
+def _leaf_places(graph: ComputationGraph, labels: Degrees) -> dict[str, tuple[str, int]]:
+    """Where bias leaves enter, as `Run.on_bias` calls it: the node, and which of its outputs."""
+    places = {}
+    for name in labels.biases:
+        value = graph.nodes[name].meta.get("val")
+        several = name in labels.rays and isinstance(value, (tuple, list)) and len(value) > 1
+        places |= (
+            {f"{name}[{i}]": (name, i) for i in range(len(value))} if several else {name: (name, 0)}
+        )
+    return places
+
+
+def _batch_dim(graph: ComputationGraph, name: str, index: int) -> int | None:
     """The dimension of a node's output that is the batch, None where it is folded into another."""
     first = tensor_value(graph.placeholders[0])
     value = graph.nodes[name].meta.get("val")
-    value = value[0] if isinstance(value, (tuple, list)) else value
+    value = value[index] if isinstance(value, (tuple, list)) else value
     if first is None or value is None or isinstance(first.shape[0], int):
         return None
     fitting = [i for i, s in enumerate(value.shape) if str(s) == str(first.shape[0])]
@@ -182,7 +204,7 @@ def _split(
         output = output.sum() if output.numel() > 1 else output
         total = total.reshape(output.shape)
     names = _leaf_labels(graph, labels, maps)
-    ordered = {names[n]: maps[n] for n in labels.biases if n in maps}
+    ordered = {names[key]: maps[key] for key in batch_dims if key in maps}
     return FullGrad(inputs[0] if len(inputs) == 1 else inputs, ordered, output, total)
 
 
@@ -194,7 +216,8 @@ def _summed(parts: Tensor, batch: int | None) -> Tensor:
 def _leaf_labels(
     graph: ComputationGraph, labels: Degrees, maps: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    names = {n: leaf_names(graph.nodes[n], labels.live.calls[n]) for n in maps}
+    places = {key: name for key, (name, _) in _leaf_places(graph, labels).items()}
+    names = {k: leaf_names(graph.nodes[places[k]], labels.live.calls[places[k]]) for k in maps}
     once = {label for label in names.values() if list(names.values()).count(label) == 1}
     return {n: label if label in once else f"{label} @ {n}" for n, label in names.items()}
 

@@ -6,6 +6,7 @@ Nothing here knows why a plan is right; it takes residuals of what actually runs
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .bias import bias_map
+from .bias import bias_maps
 from .degrees import Degrees, State
-from .errors import NonFiniteError
+from .errors import NonConvergenceWarning, NonFiniteError
 from .fullgrad import inner, original_args
+from .operators import Call, bind
 from .progress import Tick
 from .rules import Scale
 from .trace import ComputationGraph
@@ -41,6 +43,8 @@ class NodeByNode(fx.Interpreter):
         super().__init__(module)
         self.traced, self.labels, self.tick = graph, labels, tick
         self.errors: dict[str, float] = {}
+        self.unconverged: set[str] = set()
+        """integrated nodes whose quadrature missed its tolerance"""
         self.masked: set[str] = set()
         self.total, self.done = len(module.graph.nodes), 0
         self.noise = noise
@@ -74,6 +78,22 @@ class NodeByNode(fx.Interpreter):
         args, kwargs = _map_operands(n, self.traced.nodes[n.name], args, kwargs, call.moving, leaf)
         with torch.enable_grad():
             value = n.target(*args, **kwargs)  # type: ignore[operator]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NonConvergenceWarning)
+            detached = self._residual(n, call, args, kwargs, leaves, value)
+        self.unconverged |= {n.name for w in caught if w.category is NonConvergenceWarning}
+        return detached
+
+    def _residual(
+        self,
+        n: fx.Node,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[tuple[str, Tensor]],
+        value: Any,
+    ) -> Any:
+        """Record the local residual of a call that ran on `leaves`; its value without gradient."""
         outputs = list(value) if isinstance(value, (tuple, list)) else [value]
         facts = self.labels.facts[n.name]
         facts = facts * len(outputs) if len(facts) == 1 else facts
@@ -98,10 +118,9 @@ class NodeByNode(fx.Interpreter):
                 if g is not None and seen[name] != 0:
                     left += float(seen[name]) * inner(g, u)
         if n.name in self.labels.biases:
-            added = bias_map(
-                self.traced.nodes[n.name], call, original_args(n, args), kwargs, outputs[0].detach()
-            )
-            left += inner(kept[0][1], added)
+            known = [o.detach() for o in outputs if isinstance(o, Tensor)]
+            maps = bias_maps(self.traced.nodes[n.name], call, original_args(n, args), kwargs, known)
+            left += sum(inner(c, b) for (_, c, _), b in zip(kept, maps, strict=False))
         right, magnitude = 0.0, 0.0
         for o, c, degree in kept:
             right += float(degree) * inner(c, o)
@@ -167,10 +186,7 @@ def _map_operands(
     schema = getattr(original.target, "_schema", None)
     own = original_args(rewritten, args)
     lead = args[: len(args) - len(own)]
-    count = max(len(own), 2)
-    order = (
-        [a.name for a in schema.arguments] if schema else ["self", "index", *map(str, range(count))]
-    )
+    order = [a.name for a in schema.arguments] if schema else list(bind(original))
 
     def visit(name: str, value: Any) -> Any:
         if isinstance(value, (list, tuple)) and name in names:  # getitem of a multi-output node
@@ -212,9 +228,11 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
 
 def widened(module: fx.GraphModule) -> fx.GraphModule:
     """The graph without casts to a lower precision, which would limit the audit to it."""
-    for node in module.graph.nodes:
-        node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
-    module.recompile()
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
+            part.recompile()
     return module
 
 

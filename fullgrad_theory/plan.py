@@ -17,7 +17,7 @@ from torch import fx
 
 from .errors import PlanError
 from .operators import target_name
-from .rules import Edit, FreezeScale, Prune, Scale, Secant
+from .rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
 from .trace import ComputationGraph, holds_tensor
 
 KINDS: dict[str, type[Edit]] = {
@@ -25,6 +25,7 @@ KINDS: dict[str, type[Edit]] = {
     "scale": Scale,
     "secant": Secant,
     "freeze": FreezeScale,
+    "integrate": Integrate,
 }
 FORMAT = "fullgrad-theory plan 1"
 
@@ -271,6 +272,8 @@ def _edit(entry: Mapping[str, Any]) -> Edit:
     fields = {k: v for k, v in entry.items() if k not in ("edit", "reason", "cuts")}
     if "factor" in fields:
         fields["factor"] = Fraction(fields["factor"])
+    if "region" in fields:
+        fields["region"] = tuple(fields["region"])
     return KINDS[entry["edit"]](**fields)
 
 

@@ -54,6 +54,7 @@ class Policy:
     secant: int | None = None
     secant_origin: int | None = None
     freeze: int | None = None
+    integrate: int | None = None
     leave: Mapping[str, int] = field(default_factory=dict)
     edge_scales: Mapping[str, Mapping[str, Fraction]] = field(default_factory=dict)
     prune_of: Mapping[str, int | None] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Policy:
         return self.leave.get(call.operator.name, self.leave.get(algebra))
 
 
-EDITS = ("prune", "scale", "secant", "secant_origin", "freeze")
+EDITS = ("prune", "scale", "secant", "secant_origin", "freeze", "integrate")
 
 
 def _check_cost(what: str, cost: Any, optional: bool) -> None:
@@ -151,7 +152,9 @@ def policies() -> tuple[Policy, ...]:
 
 _COSTS: dict[str, Any] = {"prune": 30, "scale": 8, "secant": 6, "secant_origin": 60, "freeze": 6}
 
-_ATTENTION: Mapping[str, int] = {Algebra.ATTENTION: 1, Algebra.SMOOTH: 1}
+_ATTENTION: Mapping[str, int] = dict.fromkeys(
+    (Algebra.ATTENTION, Algebra.SMOOTH, Algebra.SINGULAR), 1
+)
 _MATMULS: Mapping[str, int] = dict.fromkeys(ATTENTION_PRODUCTS, 1)
 _NORM: Mapping[str, int] = {Algebra.NORMALISER: 1}
 _ACTIVATION: Mapping[str, int] = {Algebra.ZERO_ORIGIN: 1, Algebra.ELEMENTWISE: 1}
@@ -184,7 +187,11 @@ def _without(*edits: str) -> dict[str, Any]:
 
 _TABLE = (
     Policy("libra", "prune attention weights, freeze 1/sigma, secants, halved products; complete",
-           LIBRAGRAD, **_COSTS),
+           LIBRAGRAD, **_COSTS, integrate=200),
+    # a denominator has no integral: pruned, at a price that only the lack of any other way pays
+    Policy("integrated", "as libra, but attention and softmax integrated from 0, nothing pruned",
+           "this library, after Sundararajan et al. 2017, arXiv:1703.01365",
+           **_COSTS | {"prune": 1000}, integrate=20),
     Policy("plain", "the gradient as it is, no edit", "Simonyan et al. 2014, arXiv:1312.6034",
            leave=_leave()),
     Policy("attnlrp", "as libra, but gradient through attention weights, q and k by 1/4, v by 1/2",

@@ -53,5 +53,25 @@ class FreezeScale:
         return f"freeze 1/sigma of {self.node}"
 
 
-Edit = Prune | Scale | Secant | FreezeScale
-NODE_EDITS: dict[str, type[Secant] | type[FreezeScale]] = {"secant": Secant, "freeze": FreezeScale}
+@dataclass(frozen=True, order=True)
+class Integrate:
+    """J~ = integral of J(t u) over t from 0 to 1, u the live operands; f(0) is a bias leaf.
+
+    With a `region`, the names of nodes that `node` ends, all of them count as one function of what
+    they read from outside.
+    """
+
+    node: str
+    region: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        inner = f" with the {len(self.region)} nodes it ends" if self.region else ""
+        return f"integrate {self.node}{inner}"
+
+
+Edit = Prune | Scale | Secant | FreezeScale | Integrate
+NODE_EDITS: dict[str, type[Secant] | type[FreezeScale] | type[Integrate]] = {
+    "secant": Secant,
+    "freeze": FreezeScale,
+    "integrate": Integrate,
+}

@@ -973,7 +973,8 @@ def residual(name: str, sample: Sample, edit: str | None = None) -> list[sp.Expr
     """sum_i d_i J~_i u_i + sum_b J~_b b - d v of one call, element by element, for *all* operand
     degrees that its mode's relation allows. The lemma of the operation's class says: identically 0.
 
-    Raises ValueError where the operation has no such edit.
+    For an integral along the ray J~ u is f(u) less what f(t u) tends to at t = 0; what is left is
+    that less f(0). Raises ValueError where the operation has no such edit.
     """
     seen = call(name, sample)
     mode: Mode | None = next((m for m in seen.operator.modes(seen) if m.edit == edit), None)
@@ -984,6 +985,10 @@ def residual(name: str, sample: Sample, edit: str | None = None) -> list[sp.Expr
     result = meaning(name)(at, made.arguments)
     many = len(mode.outputs) > 1
     outputs = list(result) if many else [result]
+    if edit == "integrate":
+        return _on_the_ray(
+            seen, made, [e for o in outputs for leaf in _leaves(o) for e in leaf.flat]
+        )
     rest: list[sp.Expr] = []
     for relation, output in zip(mode.outputs, outputs, strict=True):
         elements = [e for leaf in _leaves(output) for e in leaf.ravel()]
@@ -1028,15 +1033,30 @@ def _secant(
     return weights[made.owner.get(symbol, "self")] * slope * symbol + bias
 
 
-def _at_zero(seen: Call, made: _Symbols) -> sp.Expr:
+def _on_the_ray(seen: Call, made: _Symbols, values: list[Any]) -> list[sp.Expr]:
+    """The start of the ray, f(t u) at t = 0, less f(0), element by element."""
+    ray = dict.fromkeys((s for s, operand in made.owner.items() if operand in seen.moving), 0)
+    pairs = zip(values, _starts(seen, made), strict=True)
+    return [sp.sympify(value).subs(ray) - start for value, start in pairs]
+
+
+def _starts(seen: Call, made: _Symbols) -> list[sp.Expr]:
     """f(0), exactly, with the call's other arguments."""
-    zeros = {
-        n: np.full(v.shape, sp.S.Zero, dtype=object)
-        if isinstance(v, np.ndarray) and v.dtype == object
-        else v
-        for n, v in made.arguments.items()
-    }
-    return np.ravel(meaning(seen.operator.name)(Region(), zeros))[0]
+
+    def zero(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [zero(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        symbolic = isinstance(value, np.ndarray) and value.dtype == object
+        moves = symbolic and name in seen.moving
+        return np.full(value.shape, sp.S.Zero, dtype=object) if moves else value
+
+    zeros = {n: zero(n, v) for n, v in made.arguments.items()}
+    found = meaning(seen.operator.name)(Region(), zeros)
+    return [sp.sympify(e) for leaf in _leaves(found) for e in leaf.flat]
+
+
+def _at_zero(seen: Call, made: _Symbols) -> sp.Expr:
+    return _starts(seen, made)[0]
 
 
 def vanishes(expression: sp.Expr) -> bool:

@@ -9,8 +9,8 @@ derivation and the check need follows from the class and that one line.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any
@@ -31,6 +31,7 @@ class Algebra(StrEnum):
     NORMALISER = "normaliser"
     ATTENTION = "attention"
     SMOOTH = "smooth"
+    SINGULAR = "singular"
     FREEZING = "freezing"
     FACTORY = "factory"
 
@@ -43,8 +44,9 @@ LEMMAS: Mapping[Algebra, str] = {
     Algebra.ZERO_ORIGIN: "secant from 0 with f(0) = 0: J~ u = f(u)",
     Algebra.ELEMENTWISE: "secant from 0: J~ u + f(0) = f(u), f(0) a bias leaf",
     Algebra.NORMALISER: "1/sigma frozen, centring linear: J~ u + bias = v",
-    Algebra.ATTENTION: "weights frozen: linear in the values, J~ v = output",
-    Algebra.SMOOTH: "of degree 0 where every operand is of degree 0",
+    Algebra.ATTENTION: "weights frozen, or integrated along the ray from 0: J~ u = output",
+    Algebra.SMOOTH: "integral of J along the ray from 0: J~ u + f(0) = f(u), f(0) a bias leaf",
+    Algebra.SINGULAR: "of degree 0 where every operand is of degree 0; its ray from 0 is broken",
     Algebra.FREEZING: "carries no gradient: degree 0",
     Algebra.FACTORY: "independent of every live value",
 }
@@ -72,13 +74,16 @@ class Relation:
 
     Every entry of `terms` is a sum of operand degrees with coefficients; all of them must agree and
     are the output's degree d. Operands in `zero` must be seen at degree 0. `domain`, where given,
-    restricts d: {0, 1} where a constant is added, {1} for a secant with f(0) != 0.
+    restricts d: {0, 1} where a constant is added, {1} where f(0) != 0 becomes a bias leaf.
+    Operands in `ray` move with those of `terms` along the ray from 0: where they are live their
+    degree is d as well; where they are pruned or frozen they are held fixed.
     """
 
     terms: tuple[tuple[tuple[str, Fraction], ...], ...] = ()
     zero: tuple[str, ...] = ()
     domain: tuple[int, ...] | None = None
     frozen: bool = False
+    ray: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ class Operator:
     Arguments in no monomial (indices, masks) must be seen at degree 0; one that lends nothing but
     its shape or dtype stands with exponent 0 (`self*other^0`).
 
-    `origin` is f(0) of an elementwise operation. `refuses` returns a reason to refuse a call
+    `origin` is f(0) of an elementwise operation. `vanishes` is the operand at whose 0 a smooth
+    operation is 0, whatever the others are. `refuses` returns a reason to refuse a call
     (training-mode batch norm). `edits` are the names of the edits its class allows.
     """
 
@@ -119,6 +125,7 @@ class Operator:
     origin: float = 0.0
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None
     note: str = ""
+    vanishes: str = ""
 
     def modes(self, call: Call) -> tuple[Mode, ...]:
         """The ways this call can be consistent, unedited first."""
@@ -141,6 +148,8 @@ _EDITS: Mapping[Algebra, tuple[str, ...]] = {
     Algebra.ZERO_ORIGIN: ("secant",),
     Algebra.ELEMENTWISE: ("secant",),
     Algebra.NORMALISER: ("freeze",),
+    Algebra.ATTENTION: ("integrate",),
+    Algebra.SMOOTH: ("integrate",),
 }
 
 
@@ -269,14 +278,35 @@ def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
 def _attention(op: Operator, call: Call) -> tuple[Mode, ...]:
     weights = tuple(sorted(call.moving & {"query", "key", "attn_mask"}))
     values = ((("value", Fraction(1)),),) if "value" in call.moving else ()
-    return (Mode(None, (Relation(values, weights),)),)
+    along = _integrated(op, call, call.moving - {"attn_mask"})
+    # a mask restricts the domain: held fixed
+    held = replace(along, zero=tuple(call.moving & {"attn_mask"}))
+    return Mode(None, (Relation(values, weights),)), Mode("integrate", (held,))
 
 
 def _freezing(op: Operator, call: Call) -> tuple[Mode, ...]:
     return (Mode(None, (Relation(frozen=True),)),)
 
 
+def _integrated(op: Operator, call: Call, moving: Collection[str]) -> Relation:
+    """The relation of J~ = integral of J(t u) over t from 0 to 1, u the operands in `moving`.
+
+    It needs an f(0) that does not depend on the input. Either every moving operand goes to 0, all
+    of them live and of one degree: then f(0) is a constant, a bias leaf, and the degree is 1. Or
+    the operand `vanishes` goes to 0, and the value with it whatever the others are: these may be
+    held fixed, where pruned or frozen, and any degree will do, as for a secant with f(0) = 0.
+    """
+    if op.vanishes in moving:
+        others = tuple(sorted({*moving} - {op.vanishes}))
+        return Relation((((op.vanishes, Fraction(1)),),), ray=others)
+    return Relation(tuple(((name, Fraction(1)),) for name in sorted(moving)), domain=(1,))
+
+
 def _smooth(op: Operator, call: Call) -> tuple[Mode, ...]:
+    return _none(call), Mode("integrate", (_integrated(op, call, call.moving),))
+
+
+def _singular(op: Operator, call: Call) -> tuple[Mode, ...]:
     return (_none(call),)
 
 
@@ -286,6 +316,7 @@ _MODES: Mapping[Algebra, Callable[[Operator, Call], tuple[Mode, ...]]] = {
     Algebra.NORMALISER: _normaliser,
     Algebra.ATTENTION: _attention,
     Algebra.SMOOTH: _smooth,
+    Algebra.SINGULAR: _singular,
     Algebra.FREEZING: _freezing,
 }
 

@@ -8,6 +8,8 @@ from typing import Any
 from .base import Algebra, Operator
 
 _REGISTRY: dict[str, Operator] = {}
+REGION = Operator("fullgrad_theory.fold.region", Algebra.SMOOTH)
+"""no operation of its own: a sub-layer that was folded into one call, to be integrated"""
 
 
 def register(
@@ -18,6 +20,7 @@ def register(
     origin: float = 0.0,
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None,
     note: str = "",
+    vanishes: str = "",
 ) -> Operator:
     """Add one operation, e.g. `register('mylib.scale.default', Algebra.STRUCTURAL, 'x')`.
 
@@ -26,13 +29,13 @@ def register(
     """
     if name in _REGISTRY:
         raise ValueError(f"{name} is registered already as {_REGISTRY[name].algebra}")
-    _REGISTRY[name] = Operator(name, algebra, signature, origin, refuses, note)
+    _REGISTRY[name] = Operator(name, algebra, signature, origin, refuses, note, vanishes)
     return _REGISTRY[name]
 
 
 def lookup(name: str) -> Operator | None:
     """The entry of an operation, None where nobody registered it."""
-    return _REGISTRY.get(name)
+    return REGION if name == REGION.name else _REGISTRY.get(name)
 
 
 def registered() -> Iterator[Operator]:

@@ -409,10 +409,11 @@ def _live_sets(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
             for w in re.findall(r"[A-Za-z_]\w*", t)
         }
         floats = [f for f in floats if f.split("[")[0] in words]
-    alone = [] if found.algebra is Algebra.SMOOTH or len(floats) < 2 else [(f,) for f in floats]
+    alone = [] if found.algebra in _JOINTLY or len(floats) < 2 else [(f,) for f in floats]
     return [tuple(floats), *alone] if floats else []
 
 
+_JOINTLY = {Algebra.SMOOTH, Algebra.SINGULAR}
 _BY_SIGNATURE = {
     Algebra.STRUCTURAL,
     Algebra.AFFINE,
