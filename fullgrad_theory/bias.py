@@ -22,12 +22,15 @@ _BROADCAST_CHANNEL = {
     "aten.conv2d.default",
     "aten.conv2d.padding",
     "aten.conv3d.default",
+    "aten.conv3d.padding",
     "aten.convolution.default",
     "aten.conv_transpose1d.default",
     "aten.conv_transpose2d.input",
-    "aten.group_norm.default",
-    "aten.instance_norm.default",
+    "aten.conv_transpose3d.input",
 }
+_CHANNEL_SECOND = {"aten.group_norm.default", "aten.instance_norm.default"}
+_LINEAR_PIECES = {f"aten.{op}.{kind}" for op in ("remainder", "fmod") for kind in ("Scalar", "Tensor")}
+_SMOOTH = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
 def bias_map(
@@ -46,14 +49,18 @@ def bias_map(
             return _call(node, call, args, kwargs, {next(iter(call.moving)): origin})
         if name in _BROADCAST_LAST:
             return values["bias"]
-        if name in _BROADCAST_CHANNEL:
-            channels = [1] * output.dim()
-            channels[-output.dim() + 1 if output.dim() > 1 else 0] = -1
-            return values["bias"].reshape(channels)
+        if name in _BROADCAST_CHANNEL:  # an image without a batch dimension has channels first
+            return values["bias"].reshape(-1, *[1] * (values["weight"].dim() - 2))
+        if name in _CHANNEL_SECOND:
+            return values["bias"].reshape(-1, *[1] * (output.dim() - 2))
         if call.operator.algebra is Algebra.HOMOGENEOUS:
             live = [values[n] for n in sorted(call.moving) if isinstance(values[n], Tensor)]
             if name == "aten.softshrink.default":
                 return torch.where(output == 0, 0.0, output - live[0])
+            if name in _LINEAR_PIECES:  # self - n other, n a whole number
+                return output - values["self"] if "self" in call.moving else values["self"]
+            if name in _SMOOTH:
+                return _along_constants(node, call, args, kwargs, values)
             chosen = torch.stack([output == u.expand_as(output) for u in live]).any(0)
             return output.masked_fill(chosen, 0.0)
         relations = polynomial(call.operator.signature, call) or ()
@@ -103,6 +110,30 @@ def _call(
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
     return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _along_constants(
+    node: fx.Node,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Any],
+) -> Tensor:
+    """J_b b of a differentiable distance: its derivative as its constant operand b grows."""
+    if call.operator.name == "aten.cdist.default":  # no forward derivative; torch's own does
+        apart = lambda a, b: torch.linalg.vector_norm(  # noqa: E731
+            a.unsqueeze(-2) - b.unsqueeze(-3), values.get("p", 2.0), dim=-1
+        )
+        names = ("x1", "x2")
+    else:
+        names = ("self", "other")
+        extra = args[2:]
+        apart = lambda a, b: node.target(a, b, *extra, **kwargs)  # type: ignore[operator]  # noqa: E731
+    given = tuple(values[n] for n in names)
+    tangents = tuple(
+        torch.zeros_like(v) if n in call.moving else v for n, v in zip(names, given, strict=True)
+    )
+    return torch.func.jvp(apart, given, tangents)[1]
 
 
 def leaf_names(node: fx.Node, call: Call) -> str:

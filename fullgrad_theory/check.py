@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from . import symbolic
 from .balance import Balanced, rewrite
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
-from .errors import NonFiniteError, NoPlanError
+from .errors import FullgradError, NonFiniteError, NoPlanError, TraceError
 from .fullgrad import Run, inner
 from .numeric import (
     NodeByNode,
@@ -27,6 +28,7 @@ from .numeric import (
     gradients,
     is_float_tensor,
     jitter,
+    largest,
     own_gradient,
     paired,
     perturb,
@@ -38,7 +40,16 @@ from .plan import Plan
 from .policies import Policy
 from .progress import Tick, progress
 from .report import EndToEnd, NodeReport, Report, Verdict
-from .trace import ComputationGraph, Inputs, Model, module_path, source_line, trace
+from .trace import (
+    ComputationGraph,
+    Inputs,
+    Model,
+    module_path,
+    source_line,
+    trace,
+    untouched,
+    without_fast_path,
+)
 
 LOCAL_TOLERANCE = 1e-9
 TOLERANCE = 1e-10
@@ -82,8 +93,22 @@ def check_completeness(
         if numeric and graph.is_meta:
             audit.notes.append("meta tensors have no values: the verdict is structural")
         elif numeric:
-            audit.measure()
+            _measure(audit)
         return audit.report(numeric and not graph.is_meta)
+
+
+def _measure(audit: _Audit) -> None:
+    """What torch raises while the audit runs is met here: the model cannot be judged by running."""
+    try:
+        audit.measure()
+    except FullgradError:
+        raise
+    except RuntimeError as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise TraceError(
+            f"{audit.graph.name} does not run in float64 with gradients ({type(error).__name__}: "
+            f"{said}); numeric=False judges it by its structure alone"
+        ) from error
 
 
 @dataclass
@@ -193,11 +218,16 @@ class _Audit:
             self.notes.append(
                 "the output is zero at the model's own parameters; judged at perturbed ones"
             )
-        worst = max((m.relative for m in self.measurements), default=0.0)
+        worst = largest(m.relative for m in self.measurements)
         if self.modified:
             self._set_nodes_aside(worst <= self.tolerance)
         sound = all(v in (Verdict.PROVED, Verdict.NUMERIC) for v in self.verdicts.values())
-        if worst > self.tolerance:
+        if isnan(worst):
+            self.problems.append(
+                "the gradient is not finite (a root of 0, say): infinity times zero is "
+                "undetermined, and nothing adds up; clamp the value away from there"
+            )
+        elif worst > self.tolerance:
             self.problems.append(
                 f"end to end the attributed sum misses the output by {worst:.2e} of it"
             )
@@ -302,7 +332,7 @@ class _Audit:
         Where its backward is not the traced one, the bias leaves that are parameters get its own
         gradient too (written into `biases`), and the nodes' verdicts do not count.
         """
-        if any(n in self.labels.live.calls for n in self.labels.live.sources):
+        if any(self.graph.nodes[n].op != "placeholder" for n in self.labels.live.sources):
             return None  # attribution ends at an embedding, which only the trace shows
         leaves = {
             name: own.get_parameter(name)
@@ -361,9 +391,17 @@ class _Audit:
         model = self.graph.model
         args, kwargs = self.graph.args, self.graph.kwargs
         with torch.no_grad():
-            ours, theirs = module(*args, **kwargs), model(*args, **kwargs)
-        pairs = zip(float_leaves(ours), float_leaves(theirs), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
+            ours, theirs = module(*args, **kwargs), untouched(model, args, kwargs)
+            if _same_bits(ours, theirs):
+                return
+            with without_fast_path():
+                plain = untouched(model, args, kwargs)
+        if _same_bits(ours, plain):
+            self.notes.append(
+                "without gradients the model takes torch's fast path for attention, which rounds "
+                "differently; the edited forward is the model's without that path, bit for bit"
+            )
+        else:
             self.problems.append(
                 "the edited forward differs from the model's: an error of this library"
             )
@@ -380,7 +418,9 @@ class _Audit:
             model=self.graph.name,
             policy=self.policy,
             complete=complete,
-            error=max((m.relative for m in self.measurements), default=None) if measured else None,
+            error=largest(m.relative for m in self.measurements)
+            if measured and self.measurements
+            else None,
             error_before=self.error_before,
             nodes=tuple(self._node(name) for name in self.verdicts),
             measurements=tuple(self.measurements),
@@ -404,6 +444,11 @@ class _Audit:
             edit=self.mends.get(name),
             reason=self.reasons[name],
         )
+
+
+def _same_bits(ours: Any, theirs: Any) -> bool:
+    pairs = zip(float_leaves(ours), float_leaves(theirs), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _producer(node: fx.Node) -> fx.Node:

@@ -15,9 +15,10 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
-from .errors import PlanError, UnregisteredOperationError
+from .errors import PlanError, TrainingModeError, UnregisteredOperationError
 from .functionalise import enter_autocast, leave_autocast
 from .operators import Algebra, Call, Mode, Operator, Relation, bind, lookup, target_name
 from .operators.base import bias_operands, operands, polynomial
@@ -73,17 +74,24 @@ def liveness(graph: ComputationGraph) -> Liveness:
             if is_float(node):
                 state = (State.LIVE,)
                 sources.append(node.name)
-            else:
+            elif holds_tensor(node):
+                state = (State.FROZEN,)
                 ids.add(node.name)
         elif node.op == "call_function" and node.target not in (enter_autocast, leave_autocast):
             name = target_name(node.target)
-            moving = any(_most(states[n.name]) is not State.CONSTANT for n in inputs)
-            if not moving and any(n.name in ids for n in inputs):
-                if name == "aten.embedding.default":
-                    state = (State.LIVE,)
-                    sources.append(node.name)
-                elif not is_float(node):
-                    ids.add(node.name)
+            moves = [n for n in inputs if _most(states[n.name]) is not State.CONSTANT]
+            moving = bool(moves)
+            only_ids = moving and all(n.name in ids for n in moves)
+            if only_ids and not is_float(node):
+                ids.add(node.name)
+            if only_ids and name == "aten.embedding.default":
+                state = (State.LIVE,)
+                sources.append(node.name)
+            elif not moving and lookup(name) is None and _is_random(node):
+                raise TrainingModeError(
+                    f"{graph.describe(node.name)} is random: two runs differ, and no verdict holds "
+                    "for both; draw it outside of the model and pass it in, or keep it in a buffer"
+                )
             elif not holds_tensor(node):
                 pass  # a size or a flag: independent of values
             elif node.target is operator.getitem and moving:
@@ -116,6 +124,10 @@ def liveness(graph: ComputationGraph) -> Liveness:
             f"  register({sorted(unknown)[0]!r}, Algebra.STRUCTURAL, 'self')"
         )
     return Liveness(states, _mark_eps(graph, calls), tuple(sources))
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:

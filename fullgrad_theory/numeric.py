@@ -6,7 +6,8 @@ Nothing here knows why a plan is right; it takes residuals of what actually runs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from torch.utils import _pytree as pytree
 
 from .bias import bias_map
 from .degrees import Degrees, State
-from .errors import NonFiniteError
+from .errors import NonFiniteError, TraceError
 from .fullgrad import inner, original_args
 from .progress import Tick
 from .rules import Scale
 from .trace import ComputationGraph
 
 _ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
+_WIDE = dict.fromkeys(_ROUNDED, torch.float64) | dict.fromkeys(
+    (torch.complex32, torch.complex64), torch.complex128
+)
 
 
 class NodeByNode(fx.Interpreter):
@@ -124,7 +128,7 @@ class NodeByNode(fx.Interpreter):
 
     def _record(self, name: str, gap: float, magnitude: float) -> None:
         error = gap / magnitude if magnitude else (0.0 if gap == 0.0 else float("inf"))
-        self.errors[name] = max(self.errors.get(name, 0.0), error)
+        self.errors[name] = largest([self.errors.get(name, 0.0), error])
 
     def _finite(self, n: fx.Node, value: Any) -> None:
         """NaN anywhere, or an infinity that is no mask's, is the first place things went wrong."""
@@ -196,11 +200,13 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     Copied together they go on sharing parameters; buffers, which a cast replaces, are tied again.
     """
     model = graph.model if isinstance(graph.model, nn.Module) else None
-    own, root = copy.deepcopy((model if with_model else None, graph.fx))
-    root.double()
+    own, root = copy.deepcopy(
+        (model if with_model else None, graph.fx), _computed(model) if with_model else None
+    )
+    _double(root)
     if own is None:
         return graph.model if with_model and model is None else None, root
-    own.double()
+    _double(own)
     buffers = dict(own.named_buffers())
     for name, _ in list(root.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -209,16 +215,33 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     return own, root
 
 
+def _computed(model: nn.Module | None) -> dict[int, Any]:
+    """A memo for deepcopy, which refuses what forward() computed and kept (old weight_norm's)."""
+    held = (v for m in model.modules() for v in vars(m).values()) if model is not None else ()
+    return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
+
+
+def _double(module: nn.Module) -> None:
+    module._apply(lambda t: t.to(_WIDE.get(t.dtype, t.dtype)))
+
+
 def widened(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph without casts to a lower precision, which would limit the audit to it."""
+    """The graph without casts to a lower precision, which would limit the audit to it.
+
+    A factory that names no dtype makes the default one, which the audit's other values are not.
+    """
     for node in module.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
+        value = node.meta.get("val")
+        makes = isinstance(value, Tensor) and value.dtype in _WIDE and not node.all_input_nodes
+        if makes and node.op == "call_function" and node.kwargs.get("dtype") is None:
+            node.kwargs = {**node.kwargs, "dtype": _WIDE[value.dtype]}
     module.recompile()
     return module
 
 
 def _widen(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in _ROUNDED else argument
+    return _WIDE.get(argument, argument) if isinstance(argument, torch.dtype) else argument
 
 
 def rounding(graph: ComputationGraph) -> float:
@@ -241,7 +264,8 @@ class Noise:
         count, half = value.numel(), self.draw.numel() // 2
         start = int(torch.randint(half, (), generator=self.generator))
         long = self.draw if count <= half else self.draw.repeat(count // half + 1)
-        return long[start : start + count].to(value).reshape(value.shape)
+        drawn = long[start : start + count].to(value).reshape(value.shape)
+        return drawn * (1 - 0.5j) if value.is_complex() else drawn
 
 
 def perturb(modules: list[Any], generator: torch.Generator) -> None:
@@ -262,7 +286,7 @@ def perturb(modules: list[Any], generator: torch.Generator) -> None:
 
 
 def as_double(value: Any) -> Any:
-    return value.detach().double() if is_float_tensor(value) else value
+    return value.detach().to(_WIDE.get(value.dtype, value.dtype)) if is_float_tensor(value) else value
 
 
 def jitter(value: Any, generator: torch.Generator) -> Any:
@@ -276,18 +300,24 @@ def aligned(value: Tensor, seed: int) -> Tensor:
     """A random cotangent with the signs of the output, so that <c, f> has no cancellation."""
     generator = torch.Generator().manual_seed(seed + 1)
     size = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) + 0.5
-    return size * torch.sign(value.detach())
+    return size * torch.sgn(value.detach())
 
 
 def paired(cotangents: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """<c, f> over all outputs."""
-    return torch.stack([(c * o).sum() for c, o in zip(cotangents, outputs, strict=True)]).sum()
+    """<c, f> over all outputs; of complex ones the real part."""
+    sums = [(c.conj() * o).real.sum() for c, o in zip(cotangents, outputs, strict=True)]
+    return torch.stack(sums).sum()
 
 
 def gradients(value: Tensor, given: list[Tensor]) -> list[Tensor]:
     if not value.requires_grad:
         return [torch.zeros_like(t) for t in given]
-    grads = torch.autograd.grad(value, given, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(value, given, allow_unused=True)
+    except RuntimeError as error:
+        if "derivative for" in str(error):  # torch has none: this backward never runs
+            raise TraceError(f"the model has no gradient: {error}") from error
+        raise
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, given, strict=True)]
 
 
@@ -312,14 +342,21 @@ def own_gradient(
     return float(value.detach()), given, [*grads[: len(given)], *rest]
 
 
+def largest(errors: Iterable[float]) -> float:
+    """The largest error, NaN being the worst of all (`max` passes over it); 0 for none."""
+    return max(errors, default=0.0, key=lambda e: float("inf") if math.isnan(e) else e)
+
+
 def gap(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """How far two lists of gradients are apart, relative to the second."""
-    size = sum(float(g.norm()) for g in theirs) or 1.0
-    return sum(float((a - b).norm()) for a, b in zip(ours, theirs, strict=True)) / size
+    """How far two lists of gradients are apart, relative to the second; NaN is like NaN."""
+    size = sum(float(g.nan_to_num().norm()) for g in theirs) or 1.0
+    same = ((a == b) | (a.isnan() & b.isnan()) for a, b in zip(ours, theirs, strict=True))
+    apart = zip(same, ours, theirs, strict=True)
+    return sum(float((a - b).masked_fill(s, 0.0).norm()) for s, a, b in apart) / size
 
 
 def is_float_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def float_leaves(tree: Any) -> list[Tensor]:

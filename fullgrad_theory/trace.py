@@ -373,7 +373,7 @@ def _export(
 def _call_export(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings(), torch.enable_grad(), without_fast_path():
         warnings.simplefilter("ignore")
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
@@ -472,25 +472,44 @@ def _muted() -> redirect_stderr[Any]:
     return redirect_stderr(_Mute(sys.stderr))
 
 
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """torch's own layers leave their kernels for inference alone, which round differently."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns; whatever its code writes to itself or to its inputs is undone."""
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    held = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
+    given, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    try:
+        with _kept(module):
+            return model(*given, **named)
+    finally:
+        for tensor, value in held:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+
+
 def _explain(
     module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> Exception:
     """The user's error behind an export failure: wrong inputs, or control flow on data."""
     shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(args, kwargs))
-    buffers = [(b, b.clone()) for b in module.buffers()]
     try:
-        given = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         with torch.no_grad():
-            module(*given[0], **given[1])
+            untouched(module, args, kwargs)
     except Exception as own:  # noqa: BLE001  the model itself refuses the inputs
         return InputError(
             f"{_name(model)} does not run on inputs of shape {shapes}: {_first_line(own)}"
             f"{_place(module, own)}; pass inputs that model(*inputs) accepts"
         )
-    finally:
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
     return TraceError(
         f"torch.export refuses {_name(model)}: {_first_line(error)}{_place(module, error)}; the "
         "usual cause is Python control flow that depends on a tensor's values: make the branch a "
