@@ -29,7 +29,9 @@ _BROADCAST_CHANNEL = {
     "aten.conv_transpose3d.input",
 }
 _CHANNEL_SECOND = {"aten.group_norm.default", "aten.instance_norm.default"}
-_LINEAR_PIECES = {f"aten.{op}.{kind}" for op in ("remainder", "fmod") for kind in ("Scalar", "Tensor")}
+_LINEAR_PIECES = {
+    f"aten.{op}.{kind}" for op in ("remainder", "fmod") for kind in ("Scalar", "Tensor")
+}
 _SMOOTH = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 

@@ -82,7 +82,7 @@ def check_completeness(
     `NonFiniteError`; what cannot be judged is reported as such.
     """
     bar = nullcontext(on_progress) if on_progress else progress("checking")
-    with bar as tick:
+    with bar as tick, torch.inference_mode(False):
         tick("tracing", 0, 1)
         if isinstance(model, Balanced) and model.graph is not None:
             graph, policy = model.graph, policy or model.plan
@@ -231,7 +231,7 @@ class _Audit:
             self.problems.append(
                 f"end to end the attributed sum misses the output by {worst:.2e} of it"
             )
-            if sound and self.verdicts and not self.problems[:-1]:
+            if sound and self.verdicts and not self.problems[:-1] and not self.modified:
                 self.problems.append(
                     "every node is consistent and the whole is not: an error of this library or a "
                     "backward that the trace does not show; please report it"
@@ -246,7 +246,7 @@ class _Audit:
     def _set_nodes_aside(self, complete: bool) -> None:
         """A backward that the trace does not show is judged by its end-to-end residual alone."""
         self.notes.append(
-            "the model's own input gradient is not that of its traced graph: its backward is "
+            "the model's own gradient is not that of its traced graph: its backward is "
             "modified (an autograd.Function, a hook, a patch); it was judged as it is, end to end, "
             "and the nodes' verdicts are of the trace"
         )
@@ -347,15 +347,21 @@ class _Audit:
             self._compare_as_it_is()
             return None
         count = len(given)
-        if gap(own_grads[:count], grads) <= max(OWN_TOLERANCE, 20 * rounding(self.graph)):
-            return (
-                None  # one gradient: the trace has it without the model's own low-precision casts
-            )
-        self.modified = True
         by_name = dict(zip(leaves, own_grads[count:], strict=True))
-        for node, name in self._parameter_leaves().items():
-            if name in by_name:
-                biases[node] = inner(by_name[name], leaves[name])
+        through_own = {
+            node: inner(by_name[name], leaves[name])
+            for node, name in self._parameter_leaves().items()
+            if name in by_name and leaves[name].requires_grad
+        }
+        allowed = max(OWN_TOLERANCE, 20 * rounding(self.graph))
+        other = sum(abs(part - biases.get(node, 0.0)) for node, part in through_own.items())
+        if gap(own_grads[:count], grads) <= allowed and not other > allowed * max(
+            abs(value), *map(abs, biases.values()), 0.0
+        ):
+            # one gradient: the trace has it without the model's own low-precision casts
+            return None
+        self.modified = True
+        biases |= through_own
         pairs = zip(own_grads[:count], given, strict=True)
         return sum(inner(g, x) for g, x in pairs), value
 

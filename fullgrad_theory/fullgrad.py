@@ -37,6 +37,7 @@ class Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.labels.live.sources:
+            value = value.clone() if value.is_inference() else value
             value = value.detach().requires_grad_()
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
@@ -94,6 +95,7 @@ class FullGrad:
         return (self.output - self.total).abs() / self.output.abs()
 
 
+@torch.inference_mode(False)
 def fullgrad(
     model: Model | Balanced, inputs: Inputs = None, target: int | Sequence[int] | None = None
 ) -> FullGrad:

@@ -207,6 +207,9 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     if own is None:
         return graph.model if with_model and model is None else None, root
     _double(own)
+    for parameter, copied in zip(model.parameters(), own.parameters(), strict=True):
+        for hook in (parameter._backward_hooks or {}).values():  # a copy forgets them
+            copied.register_hook(hook)
     buffers = dict(own.named_buffers())
     for name, _ in list(root.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -286,7 +289,9 @@ def perturb(modules: list[Any], generator: torch.Generator) -> None:
 
 
 def as_double(value: Any) -> Any:
-    return value.detach().to(_WIDE.get(value.dtype, value.dtype)) if is_float_tensor(value) else value
+    return (
+        value.detach().to(_WIDE.get(value.dtype, value.dtype)) if is_float_tensor(value) else value
+    )
 
 
 def jitter(value: Any, generator: torch.Generator) -> Any:
@@ -332,7 +337,8 @@ def own_gradient(
     of those inputs followed by those of `parameters`."""
     leaves = [t.detach().clone().requires_grad_() if is_float_tensor(t) else t for t in inputs]
     spec = pytree.tree_structure((graph.args, graph.kwargs))
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    passed = pytree.tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write to them
+    args, kwargs = pytree.tree_unflatten(passed, spec)
     given = [t for t in leaves if is_float_tensor(t)]
     with torch.enable_grad():
         value = paired(cotangents, float_leaves(model(*args, **kwargs)))

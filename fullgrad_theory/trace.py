@@ -283,13 +283,16 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
 
 
 def _own_copy() -> Callable[[Tensor], Tensor]:
-    """Export merges arguments that are the same tensor: give the later ones a copy of their own."""
+    """Export merges arguments that are the same tensor: give the later ones a copy of their own.
+
+    Tensors made in inference mode take no gradient; their copies do.
+    """
     seen: set[int] = set()
 
     def own(tensor: Tensor) -> Tensor:
         again = id(tensor) in seen
         seen.add(id(tensor))
-        return tensor.clone() if again else tensor
+        return tensor.clone() if again or tensor.is_inference() else tensor
 
     return own
 
@@ -302,11 +305,17 @@ def trace(model: Model, inputs: Inputs = None) -> ComputationGraph:
     the model allows it. Raises `TrainingModeError`, `InputError`, `TraceError`.
     """
     module = as_module(model)
-    args, kwargs = pytree.tree_map_only(Tensor, _own_copy(), split_inputs(model, inputs))
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{_name(model)} is a ScriptModule, which torch.export does not take; pass the module "
+            "or function it was made from"
+        )
+    with torch.inference_mode(False):
+        args, kwargs = pytree.tree_map_only(Tensor, _own_copy(), split_inputs(model, inputs))
     if not any(t.numel() for t in _tensors(args, kwargs)):
         raise InputError("inputs hold no tensor with elements; pass what the model's forward takes")
     _check_arguments(module, model, args, kwargs)
-    with _kept(module), _muted():
+    with _kept(module), _muted(), torch.inference_mode(False):
         program, dynamic = _export(module, model, args, kwargs)
     unlifted = program.module()
     inline_regions(unlifted)
