@@ -15,7 +15,7 @@ class InputError(FullgradError, ValueError):
 
 
 class TrainingModeError(FullgradError, ValueError):
-    """The forward is random or depends on the batch: the model is in training mode, or draws numbers."""
+    """The forward is random or batch-dependent: the model is in training mode, or draws numbers."""
 
 
 class TraceError(FullgradError, RuntimeError):

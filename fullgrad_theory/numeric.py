@@ -207,7 +207,8 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     if own is None:
         return graph.model if with_model and model is None else None, root
     _double(own)
-    for parameter, copied in zip(model.parameters(), own.parameters(), strict=True):
+    given = model.parameters() if model is not None else ()
+    for parameter, copied in zip(given, own.parameters(), strict=True):
         for hook in (parameter._backward_hooks or {}).values():  # a copy forgets them
             copied.register_hook(hook)
     buffers = dict(own.named_buffers())
