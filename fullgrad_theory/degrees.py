@@ -253,7 +253,7 @@ def degrees(
     """Label every value with its degree under `edits`; see `Degrees`."""
     live = live or liveness(graph)
     findings: dict[str, Finding] = {}
-    by_node = _by_node(edits)
+    by_node = _by_node(graph, live, edits)
     while True:
         result = _sweep(graph, live, by_node, findings)
         new = {n: f for n, f in result.blamed.items() if n not in findings}
@@ -273,11 +273,25 @@ def degrees(
     )
 
 
-def _by_node(edits: Collection[Edit]) -> dict[str, list[Edit]]:
+def _by_node(
+    graph: ComputationGraph, live: Liveness, edits: Collection[Edit]
+) -> dict[str, list[Edit]]:
+    """The edits of each node; refuses what the labelling would have to pass over."""
     by_node: dict[str, list[Edit]] = {}
     for edit in edits:
-        by_node.setdefault(edit.node, []).append(edit)
+        if edit.node not in live.calls:
+            where = graph.describe(edit.node) if edit.node in graph.nodes else repr(edit.node)
+            raise PlanError(f"{edit}: {where} is no operation here that the input goes through")
+        others = by_node.setdefault(edit.node, [])
+        if any(_place(edit) == _place(other) for other in others):
+            raise PlanError(f"{graph.describe(edit.node)} is edited twice at one place: {edit}")
+        others.append(edit)
     return by_node
+
+
+def _place(edit: Edit) -> tuple[str, str | None]:
+    kind = type(edit).__name__ if isinstance(edit, (Prune, Scale)) else "its own"
+    return kind, getattr(edit, "argument", None)
 
 
 def _sweep(
@@ -305,6 +319,7 @@ def _operand_facts(
     sweep: _Pass, node: fx.Node, call: Call, edits: Iterable[Edit]
 ) -> dict[str, Fact]:
     pruned = {e.argument for e in edits if isinstance(e, Prune)}
+    scaled = {e.argument: e.factor for e in edits if isinstance(e, Scale)}
     facts = {}
     for operand in call.operands:
         if operand.name not in call.moving or operand.node is None:
@@ -312,6 +327,8 @@ def _operand_facts(
         fact = _joined(sweep.facts[operand.node.name])
         if node.target is operator.getitem and len(sweep.facts[operand.node.name]) > 1:
             fact = sweep.facts[operand.node.name][node.args[1]]  # type: ignore[index]
+        if operand.name in scaled and fact.state is State.LIVE:
+            fact = Fact(fact.state, fact.degree * scaled[operand.name], fact.origins)
         facts[operand.name] = Fact(State.FROZEN) if operand.name in pruned else fact
     return facts
 

@@ -19,6 +19,7 @@ from fullgrad_theory.errors import (
     InputError,
     NonFiniteError,
     NoPlanError,
+    PlanError,
     TraceError,
     TrainingModeError,
     UnregisteredOperationError,
@@ -57,7 +58,7 @@ def contributions(model, x: Tensor, leaves: list[Tensor]) -> tuple[float, float]
     value = model(*given).sum()
     grads = torch.autograd.grad(value, given)
     return float(value.detach()), sum(
-        float((g * t).sum()) for g, t in zip(grads, given, strict=True)
+        float((g * t.detach()).sum()) for g, t in zip(grads, given, strict=True)
     )
 
 
@@ -619,6 +620,60 @@ def test_scales_need_exact_rationals() -> None:
     assert [e.factor for e in plan if isinstance(e, fgt.Scale)] == [Fraction(2, 3)]
     with pytest.raises(NoPlanError):
         fgt.derive_rules(lambda x: x.abs() ** math.pi, X)
+
+
+def edited(model, *edits) -> fgt.Report:  # type: ignore[no-untyped-def]
+    """The verdict of a plan written by hand, by structure alone and measured: they agree."""
+    graph = fgt.trace(model, X)
+    plan = dataclasses.replace(fgt.derive_rules(graph, policy="plain"), edits=edits)
+    report = fgt.check_completeness(graph, policy=plan)
+    assert fgt.check_completeness(graph, policy=plan, numeric=False).complete is report.complete
+    assert not any("error of this library" in p for p in report.problems)
+    return report
+
+
+def test_plans_by_hand() -> None:
+    half = Fraction(1, 2)
+    square = lambda x: x * x  # noqa: E731
+    assert edited(square, fgt.Scale("mul", half)).complete is True
+    edges = fgt.Scale("mul", half, "self"), fgt.Scale("mul", half, "other")
+    assert edited(square, *edges).complete is True
+    uneven = fgt.Scale("mul", Fraction(1, 3), "self"), fgt.Scale("mul", Fraction(2, 3), "other")
+    assert edited(square, *uneven).complete is True
+    assert edited(square, edges[0]).complete is False
+    assert edited(lambda x: (x * 2).relu(), fgt.Scale("relu", half, "self")).complete is False
+    assert edited(lambda x: x * 2, fgt.Prune("mul", "self")).complete is False
+    assert edited(lambda x: torch.sigmoid(x * x), fgt.Secant("sigmoid")).complete is False
+    for wrong in (
+        (fgt.Scale("mul", half), fgt.Scale("mul", half)),
+        (fgt.Prune("mul", "self"), fgt.Prune("mul", "self")),
+        (fgt.Secant("mul"),),
+        (fgt.Prune("mul", "nothing"),),
+        (fgt.Scale("x", Fraction(2)),),
+        (fgt.Scale("nowhere", half),),
+    ):
+        with pytest.raises(PlanError):
+            edited(square, *wrong)
+    with pytest.raises(PlanError, match="twice"):
+        edited(F.gelu, fgt.Secant("gelu"), fgt.FreezeScale("gelu"))
+    with pytest.raises(PlanError, match="positive"):
+        fgt.Scale("mul", Fraction(-1))
+
+
+def test_arguments_find_their_places() -> None:
+    """The graph takes them by position: a call in another form must not swap them."""
+
+    def model(a: Tensor, c: Tensor, *, k: float = 1.0) -> Tensor:
+        return a * c * c * k
+
+    a, c = X, seeded(2, 4, seed=3)
+    for given in ((a, c), {"c": c, "a": a}):
+        balanced = fgt.balance(model, given)
+        for ours in (balanced(a, c), balanced(c=c, a=a), balanced(a, c=c)):
+            assert torch.equal(ours, model(a, c))
+        for args, named in (((a, c, c), {}), ((a,), {}), ((a, c), {"k": 2.0}), ((a,), {"a": a})):
+            with pytest.raises(InputError, match="balanced for"):
+                balanced(*args, **named)
 
 
 def test_the_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
