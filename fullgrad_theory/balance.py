@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from functools import cache
 from typing import Any
@@ -42,9 +43,13 @@ class Balanced(nn.Module):
             for value in map(tensor_value, graph.placeholders)
             if value is not None
         ]
+        function = graph.model.forward if isinstance(graph.model, nn.Module) else graph.model
+        self._positional, self._keywords = len(graph.args), tuple(graph.kwargs)
+        self._names = _parameter_names(function)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._as_traced(args, kwargs)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for given, wanted in zip(tensors, self._shapes, strict=False):
             fits = given.dim() == len(wanted) and all(
@@ -58,8 +63,31 @@ class Balanced(nn.Module):
                 )
         return self.fx(*args, **kwargs)
 
+    def _as_traced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments in the form they were traced in: the graph takes them by position."""
+        if len(args) == self._positional and tuple(kwargs) == self._keywords:
+            return args, kwargs
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        wanted = (*self._names[: self._positional], *self._keywords)
+        if set(named) != set(wanted) or len(named) != len(args) + len(kwargs):
+            raise InputError(
+                f"this model was balanced for the arguments ({', '.join(wanted)}), got "
+                f"{len(args)} by position and {sorted(kwargs)} by name; call balance() again"
+            )
+        first = tuple(named[n] for n in wanted[: self._positional])
+        return first, {n: named[n] for n in self._keywords}
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"graph": None}  # fake tensors do not pickle
+
+
+def _parameter_names(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except ValueError:  # a builtin, torch.sin
+        return ()
 
 
 def balance(

@@ -6,7 +6,7 @@ parameter can be coefficient and bias at once; so the contribution is taken at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,19 +17,23 @@ from .operators.base import bias_operands, polynomial
 
 aten = torch.ops.aten
 _BROADCAST_LAST = {"aten.linear.default", "aten.layer_norm.default"}
-_DISTANCES = {"aten.cdist.default", "aten.dist.default", "aten.hypot.default"}
 _BROADCAST_CHANNEL = {
     "aten.conv1d.default",
     "aten.conv1d.padding",
     "aten.conv2d.default",
     "aten.conv2d.padding",
     "aten.conv3d.default",
+    "aten.conv3d.padding",
     "aten.convolution.default",
     "aten.conv_transpose1d.default",
     "aten.conv_transpose2d.input",
-    "aten.group_norm.default",
-    "aten.instance_norm.default",
+    "aten.conv_transpose3d.input",
 }
+_CHANNEL_SECOND = {"aten.group_norm.default", "aten.instance_norm.default"}
+_LINEAR_PIECES = {
+    f"aten.{op}.{kind}" for op in ("remainder", "fmod") for kind in ("Scalar", "Tensor")
+}
+_DISTANCES = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
 def bias_maps(
@@ -80,21 +84,23 @@ def bias_map(
         if call.operator.algebra is Algebra.ELEMENTWISE:
             zero = torch.zeros_like(output).reshape(-1)[:1]
             return _first(evaluate(node.target, args, kwargs, {next(iter(call.moving)): zero}))
-        if name in _BROADCAST_LAST:
+        alone = bias_operands(call) == ("bias",)
+        if alone and name in _BROADCAST_LAST:
             return values["bias"]
-        if name in _BROADCAST_CHANNEL:
-            channels = [1] * output.dim()
-            channels[-output.dim() + 1 if output.dim() > 1 else 0] = -1
-            return values["bias"].reshape(channels)
-        if name in _DISTANCES:
-            (fixed,) = bias_operands(call)
-            return _tangent(
-                lambda u: _call(node, call, args, kwargs, {fixed: u}), values[fixed], output
-            )
+        if (
+            alone and name in _BROADCAST_CHANNEL
+        ):  # an image without a batch dimension has channels first
+            return values["bias"].reshape(-1, *[1] * (values["weight"].dim() - 2))
+        if alone and name in _CHANNEL_SECOND:
+            return values["bias"].reshape(-1, *[1] * (output.dim() - 2))
         if call.operator.algebra is Algebra.HOMOGENEOUS:
             live = [values[n] for n in sorted(call.moving) if isinstance(values[n], Tensor)]
             if name == "aten.softshrink.default":
                 return torch.where(output == 0, 0.0, output - live[0])
+            if name in _LINEAR_PIECES:  # self - n other, n a whole number
+                return output - values["self"] if "self" in call.moving else values["self"]
+            if name in _DISTANCES:
+                return _along_constants(node, call, args, kwargs, values)
             chosen = torch.stack([output == u.expand_as(output) for u in live]).any(0)
             return output.masked_fill(chosen, 0.0)
         relations = polynomial(call.operator.signature, call) or ()
@@ -105,16 +111,6 @@ def bias_map(
 
 def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result
-
-
-def _tangent(function: Callable[[Tensor], Tensor], value: Tensor, output: Tensor) -> Tensor:
-    """J u at u = `value`, by differentiating the linear map c -> J^T c: not all have forward AD."""
-    with torch.enable_grad():
-        u = value.detach().clone().requires_grad_()
-        c = torch.zeros_like(output).requires_grad_()
-        (pulled,) = torch.autograd.grad(function(u), u, c, create_graph=True)
-        (tangent,) = torch.autograd.grad(pulled, c, value.detach())
-    return tangent
 
 
 def _runtime(
@@ -154,6 +150,30 @@ def evaluate(
     return function(
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
+
+
+def _along_constants(
+    node: fx.Node,
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Any],
+) -> Tensor:
+    """J_b b of a differentiable distance: its derivative as its constant operand b grows."""
+    if call.operator.name == "aten.cdist.default":  # no forward derivative; torch's own does
+        apart = lambda a, b: torch.linalg.vector_norm(  # noqa: E731
+            a.unsqueeze(-2) - b.unsqueeze(-3), values.get("p", 2.0), dim=-1
+        )
+        names = ("x1", "x2")
+    else:
+        names = ("self", "other")
+        extra = args[2:]
+        apart = lambda a, b: node.target(a, b, *extra, **kwargs)  # type: ignore[operator]  # noqa: E731
+    given = tuple(values[n] for n in names)
+    tangents = tuple(
+        torch.zeros_like(v) if n in call.moving else v for n, v in zip(names, given, strict=True)
+    )
+    return torch.func.jvp(apart, given, tangents)[1]
 
 
 def leaf_names(node: fx.Node, call: Call) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from . import symbolic
 from .balance import Balanced, rewrite
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
-from .errors import NonConvergenceWarning, NonFiniteError, NoPlanError
+from .errors import FullgradError, NonConvergenceWarning, NonFiniteError, NoPlanError, TraceError
 from .fold import fold
 from .fullgrad import Run, inner
 from .numeric import (
@@ -30,6 +30,7 @@ from .numeric import (
     gradients,
     is_float_tensor,
     jitter,
+    largest,
     own_gradient,
     paired,
     perturb,
@@ -41,7 +42,16 @@ from .plan import Plan
 from .policies import Policy
 from .progress import Tick, progress
 from .report import EndToEnd, NodeReport, Report, Verdict
-from .trace import ComputationGraph, Inputs, Model, module_path, source_line, trace
+from .trace import (
+    ComputationGraph,
+    Inputs,
+    Model,
+    module_path,
+    source_line,
+    trace,
+    untouched,
+    without_fast_path,
+)
 
 LOCAL_TOLERANCE = 1e-9
 TOLERANCE = 1e-10
@@ -74,7 +84,7 @@ def check_completeness(
     `NonFiniteError`; what cannot be judged is reported as such.
     """
     bar = nullcontext(on_progress) if on_progress else progress("checking")
-    with bar as tick:
+    with bar as tick, torch.inference_mode(False):
         tick("tracing", 0, 1)
         if isinstance(model, Balanced) and model.graph is not None:
             graph, policy = model.graph, policy or model.plan
@@ -85,8 +95,22 @@ def check_completeness(
         if numeric and graph.is_meta:
             audit.notes.append("meta tensors have no values: the verdict is structural")
         elif numeric:
-            audit.measure()
+            _measure(audit)
         return audit.report(numeric and not graph.is_meta)
+
+
+def _measure(audit: _Audit) -> None:
+    """What torch raises while the audit runs is met here: the model cannot be judged by running."""
+    try:
+        audit.measure()
+    except FullgradError:
+        raise
+    except RuntimeError as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise TraceError(
+            f"{audit.graph.name} does not run in float64 with gradients ({type(error).__name__}: "
+            f"{said}); numeric=False judges it by its structure alone"
+        ) from error
 
 
 @dataclass
@@ -200,15 +224,20 @@ class _Audit:
             self.notes.append(
                 "the output is zero at the model's own parameters; judged at perturbed ones"
             )
-        worst = max((m.relative for m in self.measurements), default=0.0)
+        worst = largest(m.relative for m in self.measurements)
         if self.modified:
             self._set_nodes_aside(worst <= self.tolerance)
         sound = all(v in (Verdict.PROVED, Verdict.NUMERIC) for v in self.verdicts.values())
-        if worst > self.tolerance:
+        if isnan(worst):
+            self.problems.append(
+                "the gradient is not finite (a root of 0, say): infinity times zero is "
+                "undetermined, and nothing adds up; clamp the value away from there"
+            )
+        elif worst > self.tolerance:
             self.problems.append(
                 f"end to end the attributed sum misses the output by {worst:.2e} of it"
             )
-            if sound and self.verdicts and not self.problems[:-1]:
+            if sound and self.verdicts and not self.problems[:-1] and not self.modified:
                 self.problems.append(
                     "every node is consistent and the whole is not: an error of this library or a "
                     "backward that the trace does not show; please report it"
@@ -223,7 +252,7 @@ class _Audit:
     def _set_nodes_aside(self, complete: bool) -> None:
         """A backward that the trace does not show is judged by its end-to-end residual alone."""
         self.notes.append(
-            "the model's own input gradient is not that of its traced graph: its backward is "
+            "the model's own gradient is not that of its traced graph: its backward is "
             "modified (an autograd.Function, a hook, a patch); it was judged as it is, end to end, "
             "and the nodes' verdicts are of the trace"
         )
@@ -324,7 +353,7 @@ class _Audit:
         Where its backward is not the traced one, the bias leaves that are parameters get its own
         gradient too (written into `biases`), and the nodes' verdicts do not count.
         """
-        if any(n in self.labels.live.calls for n in self.labels.live.sources):
+        if any(self.graph.nodes[n].op != "placeholder" for n in self.labels.live.sources):
             return None  # attribution ends at an embedding, which only the trace shows
         leaves = {
             name: own.get_parameter(name)
@@ -339,15 +368,21 @@ class _Audit:
             self._compare_as_it_is()
             return None
         count = len(given)
-        if gap(own_grads[:count], grads) <= max(OWN_TOLERANCE, 20 * rounding(self.graph)):
-            return (
-                None  # one gradient: the trace has it without the model's own low-precision casts
-            )
-        self.modified = True
         by_name = dict(zip(leaves, own_grads[count:], strict=True))
-        for node, name in self._parameter_leaves().items():
-            if name in by_name:
-                biases[node] = inner(by_name[name], leaves[name])
+        through_own = {
+            node: inner(by_name[name], leaves[name])
+            for node, name in self._parameter_leaves().items()
+            if name in by_name and leaves[name].requires_grad
+        }
+        allowed = max(OWN_TOLERANCE, 20 * rounding(self.graph))
+        other = sum(abs(part - biases.get(node, 0.0)) for node, part in through_own.items())
+        if gap(own_grads[:count], grads) <= allowed and not other > allowed * max(
+            abs(value), *map(abs, biases.values()), 0.0
+        ):
+            # one gradient: the trace has it without the model's own low-precision casts
+            return None
+        self.modified = True
+        biases |= through_own
         pairs = zip(own_grads[:count], given, strict=True)
         return sum(inner(g, x) for g, x in pairs), value
 
@@ -383,9 +418,17 @@ class _Audit:
         model = self.graph.model
         args, kwargs = self.graph.args, self.graph.kwargs
         with torch.no_grad():
-            ours, theirs = module(*args, **kwargs), model(*args, **kwargs)
-        pairs = zip(float_leaves(ours), float_leaves(theirs), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
+            ours, theirs = module(*args, **kwargs), untouched(model, args, kwargs)
+            if _same_bits(ours, theirs):
+                return
+            with without_fast_path():
+                plain = untouched(model, args, kwargs)
+        if _same_bits(ours, plain):
+            self.notes.append(
+                "without gradients the model takes torch's fast path for attention, which rounds "
+                "differently; the edited forward is the model's without that path, bit for bit"
+            )
+        else:
             self.problems.append(
                 "the edited forward differs from the model's: an error of this library"
             )
@@ -402,7 +445,9 @@ class _Audit:
             model=self.graph.name,
             policy=self.policy,
             complete=complete,
-            error=max((m.relative for m in self.measurements), default=None) if measured else None,
+            error=largest(m.relative for m in self.measurements)
+            if measured and self.measurements
+            else None,
             error_before=self.error_before,
             nodes=tuple(self._node(name) for name in self.verdicts),
             measurements=tuple(self.measurements),
@@ -426,6 +471,11 @@ class _Audit:
             edit=self.mends.get(name),
             reason=self.reasons[name],
         )
+
+
+def _same_bits(ours: Any, theirs: Any) -> bool:
+    pairs = zip(float_leaves(ours), float_leaves(theirs), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _producer(node: fx.Node) -> fx.Node:

@@ -15,9 +15,10 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
-from .errors import PlanError, UnregisteredOperationError
+from .errors import PlanError, TrainingModeError, UnregisteredOperationError
 from .fold import fold
 from .functionalise import enter_autocast, leave_autocast
 from .operators import Algebra, Call, Mode, Operator, Relation, bind, lookup, target_name
@@ -74,17 +75,24 @@ def liveness(graph: ComputationGraph) -> Liveness:
             if is_float(node):
                 state = (State.LIVE,)
                 sources.append(node.name)
-            else:
+            elif holds_tensor(node):
+                state = (State.FROZEN,)
                 ids.add(node.name)
         elif node.op == "call_function" and node.target not in (enter_autocast, leave_autocast):
             name = target_name(node.target)
-            moving = any(_most(states[n.name]) is not State.CONSTANT for n in inputs)
-            if not moving and any(n.name in ids for n in inputs):
-                if name == "aten.embedding.default":
-                    state = (State.LIVE,)
-                    sources.append(node.name)
-                elif not is_float(node):
-                    ids.add(node.name)
+            moves = [n for n in inputs if _most(states[n.name]) is not State.CONSTANT]
+            moving = bool(moves)
+            only_ids = moving and all(n.name in ids for n in moves)
+            if only_ids and not is_float(node):
+                ids.add(node.name)
+            if only_ids and name == "aten.embedding.default":
+                state = (State.LIVE,)
+                sources.append(node.name)
+            elif not moving and lookup(name) is None and _is_random(node):
+                raise TrainingModeError(
+                    f"{graph.describe(node.name)} is random: two runs differ, and no verdict holds "
+                    "for both; draw it outside of the model and pass it in, or keep it in a buffer"
+                )
             elif not holds_tensor(node):
                 pass  # a size or a flag: independent of values
             elif node.target is operator.getitem and moving:
@@ -118,6 +126,10 @@ def liveness(graph: ComputationGraph) -> Liveness:
             f"  register({sorted(unknown)[0]!r}, Algebra.STRUCTURAL, 'self')"
         )
     return Liveness(states, _mark_eps(graph, calls), tuple(sources))
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:
@@ -251,7 +263,7 @@ def degrees(
     live = live if live is not None and folded is graph else liveness(folded)
     graph = folded
     findings: dict[str, Finding] = {}
-    by_node = _by_node(edits)
+    by_node = _by_node(graph, live, edits)
     pruned = {(e.node, e.argument) for e in edits if isinstance(e, Prune)}
     states = _sweep(graph, live, by_node, findings, frozenset()).facts
     alive = _alive(graph, states, live, pruned)
@@ -273,11 +285,25 @@ def degrees(
     )
 
 
-def _by_node(edits: Collection[Edit]) -> dict[str, list[Edit]]:
+def _by_node(
+    graph: ComputationGraph, live: Liveness, edits: Collection[Edit]
+) -> dict[str, list[Edit]]:
+    """The edits of each node; refuses what the labelling would have to pass over."""
     by_node: dict[str, list[Edit]] = {}
     for edit in edits:
-        by_node.setdefault(edit.node, []).append(edit)
+        if edit.node not in live.calls:
+            where = graph.describe(edit.node) if edit.node in graph.nodes else repr(edit.node)
+            raise PlanError(f"{edit}: {where} is no operation here that the input goes through")
+        others = by_node.setdefault(edit.node, [])
+        if any(_place(edit) == _place(other) for other in others):
+            raise PlanError(f"{graph.describe(edit.node)} is edited twice at one place: {edit}")
+        others.append(edit)
     return by_node
+
+
+def _place(edit: Edit) -> tuple[str, str | None]:
+    kind = type(edit).__name__ if isinstance(edit, (Prune, Scale)) else "its own"
+    return kind, getattr(edit, "argument", None)
 
 
 def _sweep(
@@ -307,6 +333,7 @@ def _operand_facts(
     sweep: _Pass, node: fx.Node, call: Call, edits: Iterable[Edit]
 ) -> dict[str, Fact]:
     pruned = {e.argument for e in edits if isinstance(e, Prune)}
+    scaled = {e.argument: e.factor for e in edits if isinstance(e, Scale)}
     facts = {}
     for operand in call.operands:
         if operand.name not in call.moving or operand.node is None:
@@ -314,6 +341,8 @@ def _operand_facts(
         fact = _joined(sweep.facts[operand.node.name])
         if node.target is operator.getitem and len(sweep.facts[operand.node.name]) > 1:
             fact = sweep.facts[operand.node.name][node.args[1]]  # type: ignore[index]
+        if operand.name in scaled and fact.state is State.LIVE:
+            fact = Fact(fact.state, fact.degree * scaled[operand.name], fact.origins)
         facts[operand.name] = Fact(State.FROZEN) if operand.name in pruned else fact
     return facts
 

@@ -15,7 +15,7 @@ class InputError(FullgradError, ValueError):
 
 
 class TrainingModeError(FullgradError, ValueError):
-    """The model is in training mode, where its forward is random or batch-dependent."""
+    """The forward is random or batch-dependent: the model is in training mode, or draws numbers."""
 
 
 class TraceError(FullgradError, RuntimeError):

@@ -38,6 +38,7 @@ class Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.labels.live.sources:
+            value = value.clone() if value.is_inference() else value
             value = value.detach().requires_grad_()
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
@@ -69,8 +70,9 @@ def original_args(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def finite_products(g: Tensor, value: Tensor) -> Tensor:
-    """g * value, where a mask's infinite constant counts nothing: it restricts, it adds nothing."""
-    products = g * value
+    """g * value (its real part where they are complex, as autograd pairs them), where a mask's
+    infinite constant counts nothing: it restricts, it adds nothing."""
+    products = (g.conj() * value).real
     if bool(torch.isfinite(products.sum())):
         return products
     return products.masked_fill(~torch.isfinite(value).expand_as(products), 0.0)
@@ -79,13 +81,10 @@ def finite_products(g: Tensor, value: Tensor) -> Tensor:
 def inner(g: Tensor, value: Tensor) -> float:
     """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above."""
     g, value = g.detach(), value.detach()
-    if g.is_complex():  # the real inner product of the parts
-        value = value.to(g).expand_as(g)
-        g, value = (torch.view_as_real(t.resolve_conj()) for t in (g, value))
-    if g.shape == value.shape:
+    if g.shape == value.shape and not (g.is_complex() or value.is_complex()):
         total = torch.dot(g.reshape(-1), value.reshape(-1).to(g))
     else:
-        total = (g * value).sum()
+        total = (g.conj() * value).real.sum()
     return float(total if bool(torch.isfinite(total)) else finite_products(g, value).sum())
 
 
@@ -106,6 +105,7 @@ class FullGrad:
         return (self.output - self.total).abs() / self.output.abs()
 
 
+@torch.inference_mode(False)
 def fullgrad(
     model: Model | Balanced, inputs: Inputs = None, target: int | Sequence[int] | None = None
 ) -> FullGrad:
@@ -192,7 +192,7 @@ def _split(
         given = list(run.sources.values())
         grads = torch.autograd.grad(chosen.sum(), given, allow_unused=True)
     inputs = tuple(
-        torch.zeros_like(x) if g is None else (g * x).detach()
+        torch.zeros_like(x) if g is None else finite_products(g, x).detach()
         for g, x in zip(grads, given, strict=True)
     )
     output = chosen.detach()

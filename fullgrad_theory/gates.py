@@ -71,7 +71,8 @@ def cotangent(op: str, grad: Tensor, u: Tensor, *args: object, **kwargs: object)
     """grad * gate(u) for the overload `op`; silu's product is one kernel, the slope of softplus."""
     if op == "aten.silu.default":
         return torch.ops.aten.softplus_backward.default(grad, u, 1.0, 40.0)
-    return grad * GATES[op](u, *args, **kwargs)
+    gate = GATES[op](u, *args, **kwargs)
+    return grad * (gate.conj() if gate.is_complex() else gate)
 
 
 @_gate("mish")

@@ -6,8 +6,9 @@ Nothing here knows why a plan is right; it takes residuals of what actually runs
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .bias import bias_maps
 from .degrees import Degrees, State
-from .errors import NonConvergenceWarning, NonFiniteError
+from .errors import NonConvergenceWarning, NonFiniteError, TraceError
 from .fullgrad import inner, original_args
 from .operators import Call, bind
 from .progress import Tick
@@ -24,6 +25,9 @@ from .rules import Scale
 from .trace import ComputationGraph
 
 _ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
+_WIDE = dict.fromkeys(_ROUNDED, torch.float64) | dict.fromkeys(
+    (torch.complex32, torch.complex64), torch.complex128
+)
 
 
 class NodeByNode(fx.Interpreter):
@@ -69,7 +73,7 @@ class NodeByNode(fx.Interpreter):
         leaves: list[tuple[str, Tensor]] = []
 
         def leaf(name: str, value: Any) -> Any:
-            if not is_float_tensor(value) and not is_complex_tensor(value):
+            if not is_float_tensor(value):
                 return value
             fresh = value.detach().requires_grad_()
             leaves.append((name, fresh))
@@ -101,7 +105,7 @@ class NodeByNode(fx.Interpreter):
         kept = [
             (o, self.noise.like(o), f.degree / factor)
             for o, f in zip(outputs, facts, strict=True)
-            if f.state is State.LIVE and (is_float_tensor(o) or is_complex_tensor(o))
+            if f.state is State.LIVE and is_float_tensor(o)
         ]
         detached = pytree.tree_map_only(Tensor, Tensor.detach, value)
         left = 0.0
@@ -143,8 +147,7 @@ class NodeByNode(fx.Interpreter):
 
     def _record(self, name: str, gap: float, magnitude: float) -> None:
         error = gap / magnitude if magnitude else (0.0 if gap == 0.0 else float("inf"))
-        error = error if error == error else float("inf")  # nan: 0 times infinity
-        self.errors[name] = max(self.errors.get(name, 0.0), error)
+        self.errors[name] = largest([self.errors.get(name, 0.0), error])
 
     def _finite(self, n: fx.Node, value: Any) -> None:
         """NaN anywhere, or an infinity that is no mask's, is the first place things went wrong."""
@@ -213,11 +216,17 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     Copied together they go on sharing parameters; buffers, which a cast replaces, are tied again.
     """
     model = graph.model if isinstance(graph.model, nn.Module) else None
-    own, root = copy.deepcopy((model if with_model else None, graph.fx))
-    root.double()
+    own, root = copy.deepcopy(
+        (model if with_model else None, graph.fx), _computed(model) if with_model else None
+    )
+    _double(root)
     if own is None:
         return graph.model if with_model and model is None else None, root
-    own.double()
+    _double(own)
+    given = model.parameters() if model is not None else ()
+    for parameter, copied in zip(given, own.parameters(), strict=True):
+        for hook in (parameter._backward_hooks or {}).values():  # a copy forgets them
+            copied.register_hook(hook)
     buffers = dict(own.named_buffers())
     for name, _ in list(root.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -226,18 +235,41 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     return own, root
 
 
+def _computed(model: nn.Module | None) -> dict[int, Any]:
+    """A memo for deepcopy, which refuses what forward() computed and kept (old weight_norm's)."""
+    held = (v for m in model.modules() for v in vars(m).values()) if model is not None else ()
+    return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
+
+
+def _double(module: nn.Module) -> None:
+    module._apply(lambda t: t.to(_WIDE.get(t.dtype, t.dtype)))
+
+
 def widened(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph without casts to a lower precision, which would limit the audit to it."""
+    """The graph without casts to a lower precision, which would limit the audit to it.
+
+    A factory that names no dtype makes the default one, which the audit's other values are not.
+    """
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
-                node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
+                _widen_node(node)
             part.recompile()
     return module
 
 
+def _widen_node(node: fx.Node) -> None:
+    node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
+    value = node.meta.get("val")
+    makes = node.op == "call_function" and not node.all_input_nodes
+    if not makes or not isinstance(value, Tensor) or node.kwargs.get("dtype") is not None:
+        return
+    if value.dtype in _WIDE:
+        node.kwargs = {**node.kwargs, "dtype": _WIDE[value.dtype]}
+
+
 def _widen(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in _ROUNDED else argument
+    return _WIDE.get(argument, argument) if isinstance(argument, torch.dtype) else argument
 
 
 def rounding(graph: ComputationGraph) -> float:
@@ -283,7 +315,9 @@ def perturb(modules: list[Any], generator: torch.Generator) -> None:
 
 
 def as_double(value: Any) -> Any:
-    return value.detach().double() if is_float_tensor(value) else value
+    return (
+        value.detach().to(_WIDE.get(value.dtype, value.dtype)) if is_float_tensor(value) else value
+    )
 
 
 def jitter(value: Any, generator: torch.Generator) -> Any:
@@ -297,18 +331,24 @@ def aligned(value: Tensor, seed: int) -> Tensor:
     """A random cotangent with the signs of the output, so that <c, f> has no cancellation."""
     generator = torch.Generator().manual_seed(seed + 1)
     size = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) + 0.5
-    return size * torch.sign(value.detach())
+    return size * torch.sgn(value.detach())
 
 
 def paired(cotangents: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """<c, f> over all outputs."""
-    return torch.stack([(c * o).sum() for c, o in zip(cotangents, outputs, strict=True)]).sum()
+    """<c, f> over all outputs; of complex ones the real part."""
+    sums = [(c.conj() * o).real.sum() for c, o in zip(cotangents, outputs, strict=True)]
+    return torch.stack(sums).sum()
 
 
 def gradients(value: Tensor, given: list[Tensor]) -> list[Tensor]:
     if not value.requires_grad:
         return [torch.zeros_like(t) for t in given]
-    grads = torch.autograd.grad(value, given, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(value, given, allow_unused=True)
+    except RuntimeError as error:
+        if "derivative for" in str(error):  # torch has none: this backward never runs
+            raise TraceError(f"the model has no gradient: {error}") from error
+        raise
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, given, strict=True)]
 
 
@@ -323,7 +363,8 @@ def own_gradient(
     of those inputs followed by those of `parameters`."""
     leaves = [t.detach().clone().requires_grad_() if is_float_tensor(t) else t for t in inputs]
     spec = pytree.tree_structure((graph.args, graph.kwargs))
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    passed = pytree.tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write to them
+    args, kwargs = pytree.tree_unflatten(passed, spec)
     given = [t for t in leaves if is_float_tensor(t)]
     with torch.enable_grad():
         value = paired(cotangents, float_leaves(model(*args, **kwargs)))
@@ -333,14 +374,17 @@ def own_gradient(
     return float(value.detach()), given, [*grads[: len(given)], *rest]
 
 
+def largest(errors: Iterable[float]) -> float:
+    """The largest error, NaN being the worst of all (`max` passes over it); 0 for none."""
+    return max(errors, default=0.0, key=lambda e: float("inf") if math.isnan(e) else e)
+
+
 def gap(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """How far two lists of gradients are apart, relative to the second."""
-    size = sum(float(g.norm()) for g in theirs) or 1.0
-    return sum(float((a - b).norm()) for a, b in zip(ours, theirs, strict=True)) / size
-
-
-def is_complex_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_complex()
+    """How far two lists of gradients are apart, relative to the second; NaN is like NaN."""
+    size = sum(float(g.nan_to_num().norm()) for g in theirs) or 1.0
+    same = ((a == b) | (a.isnan() & b.isnan()) for a, b in zip(ours, theirs, strict=True))
+    apart = zip(same, ours, theirs, strict=True)
+    return sum(float((a - b).masked_fill(s, 0.0).norm()) for s, a, b in apart) / size
 
 
 def _magnitudes(value: Tensor) -> Tensor:
@@ -350,7 +394,7 @@ def _magnitudes(value: Tensor) -> Tensor:
 
 
 def is_float_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def float_leaves(tree: Any) -> list[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .errors import PlanError
+
 
 @dataclass(frozen=True, order=True)
 class Prune:
@@ -27,6 +29,10 @@ class Scale:
     node: str
     factor: Fraction
     argument: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise PlanError(f"{self}: only a positive factor keeps the Jacobian an honest one")
 
     def __str__(self) -> str:
         edge = f".{self.argument}" if self.argument else ""

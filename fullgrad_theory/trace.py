@@ -290,13 +290,16 @@ def _tensors(*trees: Any) -> Iterator[Tensor]:
 
 
 def _own_copy() -> Callable[[Tensor], Tensor]:
-    """Export merges arguments that are the same tensor: give the later ones a copy of their own."""
+    """Export merges arguments that are the same tensor: give the later ones a copy of their own.
+
+    Tensors made in inference mode take no gradient; their copies do.
+    """
     seen: set[int] = set()
 
     def own(tensor: Tensor) -> Tensor:
         again = id(tensor) in seen
         seen.add(id(tensor))
-        return tensor.clone() if again else tensor
+        return tensor.clone() if again or tensor.is_inference() else tensor
 
     return own
 
@@ -309,11 +312,17 @@ def trace(model: Model, inputs: Inputs = None) -> ComputationGraph:
     the model allows it. Raises `TrainingModeError`, `InputError`, `TraceError`.
     """
     module = as_module(model)
-    args, kwargs = pytree.tree_map_only(Tensor, _own_copy(), split_inputs(model, inputs))
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{_name(model)} is a ScriptModule, which torch.export does not take; pass the module "
+            "or function it was made from"
+        )
+    with torch.inference_mode(False):
+        args, kwargs = pytree.tree_map_only(Tensor, _own_copy(), split_inputs(model, inputs))
     if not any(t.numel() for t in _tensors(args, kwargs)):
         raise InputError("inputs hold no tensor with elements; pass what the model's forward takes")
     _check_arguments(module, model, args, kwargs)
-    with _kept(module), _muted():
+    with _kept(module), _muted(), torch.inference_mode(False):
         program, dynamic = _export(module, model, args, kwargs)
     unlifted = program.module()
     inline_regions(unlifted)
@@ -381,7 +390,7 @@ def _export(
 def _call_export(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings(), torch.enable_grad(), without_fast_path():
         warnings.simplefilter("ignore")
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
@@ -480,25 +489,44 @@ def _muted() -> redirect_stderr[Any]:
     return redirect_stderr(_Mute(sys.stderr))
 
 
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """torch's own layers leave their kernels for inference alone, which round differently."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns; whatever its code writes to itself or to its inputs is undone."""
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    held = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
+    given, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    try:
+        with _kept(module):
+            return model(*given, **named)
+    finally:
+        for tensor, value in held:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+
+
 def _explain(
     module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> Exception:
     """The user's error behind an export failure: wrong inputs, or control flow on data."""
     shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(args, kwargs))
-    buffers = [(b, b.clone()) for b in module.buffers()]
     try:
-        given = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         with torch.no_grad():
-            module(*given[0], **given[1])
+            untouched(module, args, kwargs)
     except Exception as own:  # noqa: BLE001  the model itself refuses the inputs
         return InputError(
             f"{_name(model)} does not run on inputs of shape {shapes}: {_first_line(own)}"
             f"{_place(module, own)}; pass inputs that model(*inputs) accepts"
         )
-    finally:
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
     return TraceError(
         f"torch.export refuses {_name(model)}: {_first_line(error)}{_place(module, error)}; the "
         "usual cause is Python control flow that depends on a tensor's values: make the branch a "
