@@ -42,8 +42,9 @@ def bias_map(
     values = _runtime(node, call, args, kwargs)
     with torch.no_grad():
         if call.operator.algebra is Algebra.ELEMENTWISE:
-            origin = torch.zeros_like(output).reshape(-1)[:1]
-            return _call(node, call, args, kwargs, {next(iter(call.moving)): origin})
+            operand = next(iter(call.moving))
+            origin = torch.zeros_like(values[operand])
+            return _call(node, call, args, kwargs, {operand: origin})
         if name in _BROADCAST_LAST:
             return values["bias"]
         if name in _BROADCAST_CHANNEL:
@@ -118,4 +119,4 @@ def leaf_names(node: fx.Node, call: Call) -> str:
             labels.append(str(operand.node.target))
         else:
             labels.append(name if operand.node is not None else f"{name}={operand.literal:g}")
-    return ", ".join(labels)
+    return ", ".join(labels) or "f(0)"

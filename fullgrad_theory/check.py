@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from . import symbolic
 from .balance import Balanced, rewrite
+from .blackbox import Measured, graph_of
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
 from .errors import NonFiniteError, NoPlanError
@@ -33,12 +35,13 @@ from .numeric import (
     rounding,
     widened,
 )
+from .leaves import LeafSpec
 from .operators import LEMMAS, Algebra, lookup, target_name
 from .plan import Plan
 from .policies import Policy
 from .progress import Tick, progress
 from .report import EndToEnd, NodeReport, Report, Verdict
-from .trace import ComputationGraph, Inputs, Model, module_path, source_line, trace
+from .trace import ComputationGraph, Inputs, Model, module_path, source_line
 
 LOCAL_TOLERANCE = 1e-9
 TOLERANCE = 1e-10
@@ -62,13 +65,16 @@ def check_completeness(
     tolerance: float = TOLERANCE,
     seed: int = 0,
     on_progress: Tick | None = None,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
 ) -> Report:
     """Whether the gradient of `model` (with a policy's edits, if given) is FullGrad-complete.
 
     Symbolic: every live node's class lemma over the degrees. Numeric (float64): every node's real
     backward under random cotangents, and <c, f> against <x, G_x> + sum <b, G_b> end to end, on
-    parameters as they are and perturbed. `tolerance` is relative. Raises what `trace` raises, and
-    `NonFiniteError`; what cannot be judged is reported as such.
+    parameters as they are and perturbed. `tolerance` is relative. `unknown="measure"` measures
+    operations that nobody registered as black boxes (verdict numeric at most); `leaves` as in
+    `trace`. Raises what `trace` raises, and `NonFiniteError`; what cannot be judged is reported.
     """
     bar = nullcontext(on_progress) if on_progress else progress("checking")
     with bar as tick:
@@ -76,7 +82,7 @@ def check_completeness(
         if isinstance(model, Balanced) and model.graph is not None:
             graph, policy = model.graph, policy or model.plan
         else:
-            graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
+            graph = graph_of(model, inputs, leaves, unknown)  # type: ignore[arg-type]
         audit = _Audit(graph, tolerance, seed, tick)
         audit.structure(policy)
         if numeric and graph.is_meta:
@@ -128,9 +134,16 @@ class _Audit:
             if finding:
                 self.verdicts[name] = Verdict.OPAQUE if finding.opaque else Verdict.VIOLATED
                 self.reasons[name] = finding.reason
+                if isinstance(op, Measured) and op.contradiction and not finding.opaque:
+                    self.verdicts[name] = Verdict.UNKNOWN
+                    self.reasons[name] = f"its measurement contradicts itself: {op.contradiction}"
+            elif isinstance(op, Measured):
+                self.verdicts[name], self.reasons[name] = Verdict.NUMERIC, op.note
             else:
                 self.verdicts[name] = Verdict.PROVED if op.name in proved else Verdict.NUMERIC
                 self.reasons[name] = LEMMAS[op.algebra]
+            if isinstance(op, Measured):
+                self.notes.append(f"{self.graph.describe(name)} is a black box, {op.note}")
         self._outputs()
 
     def _derive(self, policy: str | Policy) -> Plan | None:

@@ -8,7 +8,7 @@ be 1 (the residual stream); the pieces are solved one by one, repeated ones once
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -17,13 +17,15 @@ from math import lcm
 from ortools.sat.python import cp_model
 from torch import fx
 
+from .blackbox import graph_of
 from .degrees import Degrees, Liveness, State, degrees, liveness
 from .errors import NoPlanError
+from .leaves import LeafSpec
 from .operators import Algebra, Call, Relation, target_name
 from .plan import Plan, fingerprint
 from .policies import Policy, policy
 from .rules import NODE_EDITS, Edit, Prune, Scale
-from .trace import ComputationGraph, Inputs, Model, module_path, trace
+from .trace import ComputationGraph, Inputs, Model, module_path
 
 HIGHEST = 32
 """degrees beyond +-32, or with a denominator beyond 24, are not looked for"""
@@ -43,15 +45,18 @@ def derive_rules(
     policy: str | Policy = "libra",
     *,
     effort: float = 10.0,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
 ) -> Plan:
     """The least-cost plan that makes a model, a layer or a traced graph complete under a policy.
 
     `effort` bounds the search per piece, about seconds but counted in deterministic steps: the same
-    graph gives the same plan, and beyond it the best one so far with `optimal=False`.
+    graph gives the same plan, and beyond it the best one so far with `optimal=False`. `unknown` as
+    in `check_completeness`, `leaves` as in `trace`.
     Raises `NoPlanError` naming the obstacle, `UnknownNameError`, and what `trace` raises.
     """
     chosen = _policy(policy)
-    graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
+    graph = graph_of(model, inputs, leaves, unknown)
     live = liveness(graph)
     before = degrees(graph, (), live)
     if not any(live.state(value) is State.LIVE for value in graph.outputs):
