@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -138,6 +139,15 @@ class NumericSecant(torch.nn.Module):
         super().__init__()
         self.__module__, self.__name__ = "fullgrad_theory.backward", "numeric_secant"
         self.function, self.place, self.training = function, place, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = isinstance(self.function, torch._ops.OpOverload)  # does not pickle, its name does
+        return self.__dict__ | ({"function": str(self.function)} if known else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(self.function, str):
+            self.function = attrgetter(self.function)(torch.ops)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         def f(x: Tensor, detach: bool = True) -> Tensor:

@@ -30,6 +30,8 @@ AGREES = 1e-5
 """relative gap of a directional derivative to its central difference"""
 SCALES = (0.5, 0.8, 1.25, 2.0)
 Point = dict[str, Tensor]
+Points = list[tuple[Point, dict[int, Tensor]]]
+"""values of the operands that move, and of the weights that differ from the example's"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class _Law:
         return bool(lead) and lead[0] == 1 and any(lead[1:])
 
     def relation(self, names: list[str]) -> Relation:
-        """d as a sum of operand degrees, once per further equation; what can only be 0 in `zero`."""
+        """d as a sum of operand degrees, once a further equation; what can only be 0 in `zero`."""
         if not self.rational or not self.rows or self.rows[0][0] != 1:
             return Relation(zero=tuple(sorted(names)))
         lead = {n: -c for n, c in zip(names, self.rows[0][1:], strict=True) if c}
@@ -221,8 +223,8 @@ class _Box:
                 )
             except (RuntimeError, NotImplementedError) as error:
                 raise InputError(
-                    f"{self.where}: its backward cannot be run ({str(error).splitlines()[0]}); give "
-                    "it one (register_autograd), or detach what it reads"
+                    f"{self.where}: its backward cannot be run ({str(error).splitlines()[0]}); "
+                    "give it one (register_autograd), or detach what it reads"
                 ) from error
             pairs = zip(leaves.items(), grads, strict=True)
             by_name = {n: torch.zeros_like(t) if g is None else g for (n, t), g in pairs}
@@ -260,12 +262,14 @@ class _Box:
     def scaled(self, point: Point, powers: Mapping[str, Fraction], t: float) -> Point:
         return {n: u * t ** float(powers.get(n, Fraction(0))) for n, u in point.items()}
 
-    def points(self) -> tuple[list[Any], list[Any]]:
+    def points(self) -> tuple[Points, Points]:
         """Points at the example, and random ones; those where nothing finite comes out are left."""
         count = len(self.names) + 2
-        near = [(self.example, {}), *((self.near(), {}) for _ in range(count))]
+        near: Points = [(self.example, {}), *((self.near(), {}) for _ in range(count))]
         ones = dict.fromkeys(self.names, Fraction(1))
-        far = [(self.scaled(self.near(), ones, t), self.moved_weights()) for t in (0.5, 3.0)]
+        far: Points = [
+            (self.scaled(self.near(), ones, t), self.moved_weights()) for t in (0.5, 3.0)
+        ]
         far += [(self.resampled(), self.moved_weights()) for _ in range(count)]
         far += [(self.normal(), self.moved_weights()) for _ in range(count)]
         return [p for p in near if self.runs(*p)], [p for p in far if self.runs(*p)]
@@ -349,7 +353,7 @@ class _Box:
             operand=self.names[0] if secant else "",
         )
 
-    def output(self, output: int, outputs: int, near: list[Any], far: list[Any]) -> _Found:
+    def output(self, output: int, outputs: int, near: Points, far: Points) -> _Found:
         """What one output's backward is consistent with, and what else was seen of it."""
         rows_near, rows_far = self.rows(near, output, None), self.rows(far, output, None)
         rows = torch.cat([rows_near, rows_far])
@@ -399,7 +403,7 @@ class _Box:
             notes.insert(2, "with jumps")
         return _Found(relation, Algebra.SMOOTH, notes)
 
-    def rows(self, points: list[Any], output: int, minus_origin: int | None) -> Tensor:
+    def rows(self, points: Points, output: int, minus_origin: int | None) -> Tensor:
         """A row (<c, v>, -<J_1^T c, u_1>, ...) a point and cotangent, relative to the largest."""
         found = []
         for point, weights in points:
@@ -423,7 +427,7 @@ class _Box:
         a, b = (_words(law.relation(self.names)) for law in (here, there))
         return f"at the example inputs it has {a}, at other points {b}"
 
-    def gap(self, output: int, points: list[Any]) -> float:
+    def gap(self, output: int, points: Points) -> float:
         """The median gap of <J^T c, w> to the central difference of <c, v> along w."""
         gaps = []
         for point, weights in points:
@@ -443,7 +447,7 @@ class _Box:
         return sorted(gaps)[len(gaps) // 2]
 
     def scales(
-        self, law: _Law, output: int, points: list[Any], true: bool, biased: bool = True
+        self, law: _Law, output: int, points: Points, true: bool, biased: bool = True
     ) -> bool:
         """v(t^e u) = t^d v(u) for solutions (d, e) of the law; vacuous for an edited backward."""
         if not true or not law.rational or not law.rows or law.rows[0][0] != 1:
@@ -468,9 +472,7 @@ class _Box:
         zero = _zeroed(self.example)
         return self.values(zero, output, {}) if self.runs(zero, {}) else None
 
-    def algebra(
-        self, relation: Relation, biased: bool, output: int, points: list[Any]
-    ) -> Algebra:
+    def algebra(self, relation: Relation, biased: bool, output: int, points: Points) -> Algebra:
         powers = {p for term in relation.terms for _, p in term}
         if relation.zero or powers - {Fraction(1)} or not powers:
             return Algebra.HOMOGENEOUS if not biased else Algebra.AFFINE
@@ -498,7 +500,7 @@ class _Box:
 
     # ------------------------------------------------------------------ elementwise
 
-    def elementwise(self, output: int, points: list[Any]) -> bool:
+    def elementwise(self, output: int, points: Points) -> bool:
         """Whether each output depends on the one input in its place, forward and backward."""
         name = self.names[0]
         if len(self.names) > 1 or self.hidden or "[" in name:
@@ -519,7 +521,7 @@ class _Box:
                 return False
         return True
 
-    def continuous(self, output: int, points: list[Any]) -> bool:
+    def continuous(self, output: int, points: Points) -> bool:
         """Whether f(u) - f(0) is the integral of f' from 0, so that the secant is its mean."""
         name, steps = self.names[0], 64
         for point, weights in points:
@@ -529,13 +531,15 @@ class _Box:
                 with torch.enable_grad():
                     value = self({name: leaf}, weights)[output]
                 total += torch.autograd.grad(value, leaf, torch.ones_like(value))[0] / steps
-            rise = self.values(point, output, weights) - self.values(_zeroed(point), output, weights)
+            rise = self.values(point, output, weights) - self.values(
+                _zeroed(point), output, weights
+            )
             off = (total * u - rise).abs().max()
             if not float(off) <= 2e-2 * (float(rise.abs().max()) or 1.0):
                 return False
         return True
 
-    def is_secant(self, output: int, points: list[Any]) -> bool:
+    def is_secant(self, output: int, points: Points) -> bool:
         """Whether J~ u = f(u) - f(0), element by element."""
         if not self.elementwise(output, points):
             return False
@@ -567,7 +571,7 @@ def _zeroed(point: Point) -> Point:
     return {n: torch.zeros_like(u) for n, u in point.items()}
 
 
-# --------------------------------------------------------------------------- rational linear algebra
+# --------------------------------------------------------------------------- exact equations
 
 
 def _law(rows: Tensor) -> _Law:
@@ -626,6 +630,5 @@ def _words(relation: Relation) -> str:
         return "no degree"
     sums = [" + ".join(n if p == 1 else f"{p} {n}" for n, p in t) for t in relation.terms]
     zero = f" where {', '.join(relation.zero)} has degree 0" if relation.zero else ""
-    return f"degree {' = '.join(sums) or '0'}{zero}"
-
-
+    text = (" = ".join(sums) or "0").replace("+ -", "- ").replace("- 1 ", "- ")
+    return f"degree {text}{zero}"

@@ -18,6 +18,7 @@ from .degrees import Degrees, State, degrees
 from .derive import derive_rules
 from .errors import NonFiniteError, NoPlanError
 from .fullgrad import Run, inner
+from .leaves import LeafSpec
 from .numeric import (
     NodeByNode,
     Noise,
@@ -35,7 +36,6 @@ from .numeric import (
     rounding,
     widened,
 )
-from .leaves import LeafSpec
 from .operators import LEMMAS, Algebra, lookup, target_name
 from .plan import Plan
 from .policies import Policy

@@ -78,7 +78,7 @@ def liveness(graph: ComputationGraph) -> Liveness:
             "  from fullgrad_theory.operators import Algebra, register\n"
             f"  register({sorted(nodes)[0]!r}, Algebra.STRUCTURAL, 'self')\n"
             "or have them measured as black boxes, for a verdict of numeric at most: "
-            "unknown=\"measure\" (on the command line --unknown measure)"
+            'unknown="measure" (on the command line --unknown measure)'
         )
     return replace(live, calls=_mark_eps(graph, dict(live.calls)))
 

@@ -34,7 +34,7 @@ from .functionalise import (
     inline_regions,
     mutates,
 )
-from .leaves import Leaves, LeafSpec
+from .leaves import LeafSpec, Leaves
 from .operators import Operator, bind, target_name
 from .operators.base import operands
 
