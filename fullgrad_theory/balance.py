@@ -125,8 +125,9 @@ def rewrite(
             scaled.meta = dict(node.meta) | {"edit": edit}
             node.replace_all_uses_with(scaled, lambda user, new=scaled: user is not new)
         elif isinstance(edit, Secant) and node.name in graph.measured:
-            place: Any = list(bind(node)).index(graph.measured[node.name].operand)  # type: ignore[attr-defined]
-            place = place if place < len(node.args) else graph.measured[node.name].operand  # type: ignore[attr-defined]
+            operand = graph.measured[node.name].signature
+            position = list(bind(node)).index(operand)
+            place = position if position < len(node.args) else operand
             node.target = backward.NumericSecant(node.target, place)  # type: ignore[arg-type]
         elif isinstance(edit, Secant):
             node.args = (target_name(node.target), *node.args)
@@ -134,6 +135,7 @@ def rewrite(
         elif isinstance(edit, FreezeScale):
             node.target = backward.FREEZES[target_name(node.target)]
     copied.lint()
+    copied._tracer_cls = None  # export's own, which torch 2.11 cannot unpickle with
     module = fx.GraphModule(graph.fx if root is None else root, copied, "Balanced")
     module.eval()
     return module

@@ -38,12 +38,11 @@ Points = list[tuple[Point, dict[int, Tensor]]]
 class Measured(Operator):
     """What was found of one call. `relations`: one an output; `contradiction`: why they are void.
 
-    `note` says what was measured. `operand` is the one that a secant edits.
+    `note` says what was measured; an elementwise operation's signature is its operand.
     """
 
     relations: tuple[Relation, ...] = ()
     contradiction: str = ""
-    operand: str = ""
 
     def modes(self, call: Call) -> tuple[Mode, ...]:
         """Unedited as measured; a secant where the operation is elementwise and has no degree."""
@@ -51,7 +50,9 @@ class Measured(Operator):
         if not self.edits:
             return (plain,)
         domain = (1,) if self.origin else None
-        return plain, Mode("secant", (Relation((((self.operand, Fraction(1)),),), domain=domain),))
+        return plain, Mode(
+            "secant", (Relation((((self.signature, Fraction(1)),),), domain=domain),)
+        )
 
 
 def graph_of(
@@ -345,12 +346,11 @@ class _Box:
         return Measured(
             self.call.operator.name,
             algebra,
-            _signature(relations, bias),
+            self.names[0] if secant else _signature(relations, bias),
             origin,
             note=note,
             relations=relations,
             contradiction=contradiction,
-            operand=self.names[0] if secant else "",
         )
 
     def output(self, output: int, outputs: int, near: Points, far: Points) -> _Found:

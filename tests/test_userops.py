@@ -271,6 +271,29 @@ def _twice(x: Tensor) -> Tensor:
     return x * 2.0
 
 
+class Foreign(nn.Module):
+    pretrained_cfg = {"input_size": (5,)}
+
+    def forward(self, x: Tensor) -> Any:
+        return OPS["linear"][0](x)
+
+
+def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from fullgrad_theory import cli
+
+    monkeypatch.setattr(cli, "_create", lambda *args: Foreign().eval())
+    refused = CliRunner().invoke(cli.app, ["check", "foreign"])
+    assert refused.exit_code == 2
+    assert "--unknown measure" in refused.output
+    measured = CliRunner().invoke(cli.app, ["check", "foreign", "--unknown", "measure"])
+    assert measured.exit_code == 0, measured.output
+    assert "black box" in measured.output
+    derived = CliRunner().invoke(cli.app, ["derive", "foreign", "--unknown", "measure"])
+    assert derived.exit_code == 0, derived.output
+
+
 # --------------------------------------------------------------------------- leaves
 
 
