@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -13,15 +14,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import backward, quadrature
+from .blackbox import graph_of as _graph
 from .degrees import degrees
 from .derive import derive_rules
 from .errors import InputError, PlanError
 from .fold import fold
+from .leaves import LeafSpec
 from .operators import bind, target_name
 from .plan import Plan
 from .policies import Policy
 from .rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
-from .trace import ComputationGraph, Inputs, Model, tensor_value, trace
+from .trace import ComputationGraph, Inputs, Model, tensor_value
 
 aten = torch.ops.aten
 
@@ -80,7 +83,22 @@ class Balanced(nn.Module):
         return first, {n: named[n] for n in self._keywords}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"graph": None}  # fake tensors do not pickle
+        modules = self._modules | {"fx": _with_submodules(self.fx)}
+        return self.__dict__ | {"graph": None, "_modules": modules}  # fake tensors do not pickle
+
+
+def _with_submodules(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph that calls modules as functions (leaves), with submodules for them: that pickles."""
+    if not any(isinstance(node.target, nn.Module) for node in module.graph.nodes):
+        return module
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph), "Balanced")
+    for node in copied.graph.nodes:
+        if isinstance(node.target, nn.Module):
+            name = f"_{node.name}"
+            copied.add_submodule(name, node.target)
+            node.op, node.target = "call_module", name
+    copied.recompile()
+    return copied.eval()
 
 
 def _parameter_names(function: Any) -> tuple[str, ...]:
@@ -91,14 +109,20 @@ def _parameter_names(function: Any) -> tuple[str, ...]:
 
 
 def balance(
-    model: Model | ComputationGraph, inputs: Inputs = None, policy: str | Policy | Plan = "libra"
+    model: Model | ComputationGraph,
+    inputs: Inputs = None,
+    policy: str | Policy | Plan = "libra",
+    *,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
 ) -> Balanced:
     """The model with a policy's (or a plan's) edits in its backward: an ordinary `nn.Module`.
 
     The forward is that of `model` bit for bit; any batch size that it takes is taken; nothing of it
-    changes. Raises what `trace` and `derive_rules` raise, and `PlanError`.
+    changes. `unknown` as in `check_completeness`, `leaves` as in `trace`. Raises what `trace` and
+    `derive_rules` raise, and `PlanError`.
     """
-    graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
+    graph = _graph(model, inputs, leaves, unknown)
     plan = policy if isinstance(policy, Plan) else derive_rules(graph, policy=policy)
     return Balanced(graph, plan)
 
@@ -135,6 +159,11 @@ def rewrite(
                 scaled = copied.call_function(backward.scale, (node, float(edit.factor)))
             scaled.meta = dict(node.meta) | {"edit": edit}
             node.replace_all_uses_with(scaled, lambda user, new=scaled: user is not new)
+        elif isinstance(edit, Secant) and node.name in graph.measured:
+            operand = graph.measured[node.name].signature
+            position = list(bind(node)).index(operand)
+            place = position if position < len(node.args) else operand
+            node.target = backward.NumericSecant(node.target, place)  # type: ignore[arg-type]
         elif isinstance(edit, Secant):
             node.args = (target_name(node.target), *node.args)
             node.target = backward.secant

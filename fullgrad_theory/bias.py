@@ -82,8 +82,9 @@ def bias_map(
     values = _runtime(node, call, args, kwargs)
     with torch.no_grad():
         if call.operator.algebra is Algebra.ELEMENTWISE:
-            zero = torch.zeros_like(output).reshape(-1)[:1]
-            return _first(evaluate(node.target, args, kwargs, {next(iter(call.moving)): zero}))
+            operand = next(iter(call.moving))
+            zero = torch.zeros_like(values[operand])
+            return _first(evaluate(node.target, args, kwargs, {operand: zero}))
         alone = bias_operands(call) == ("bias",)
         if alone and name in _BROADCAST_LAST:
             return values["bias"]
@@ -189,4 +190,4 @@ def leaf_names(node: fx.Node, call: Call) -> str:
             labels.append(str(operand.node.target))
         else:
             labels.append(name if operand.node is not None else f"{name}={operand.literal:g}")
-    return ", ".join(labels)
+    return ", ".join(labels) or "f(0)"

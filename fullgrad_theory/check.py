@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite, isnan
@@ -14,11 +15,13 @@ from torch.utils import _pytree as pytree
 
 from . import symbolic
 from .balance import Balanced, rewrite
+from .blackbox import Measured, graph_of
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
 from .errors import FullgradError, NonConvergenceWarning, NonFiniteError, NoPlanError, TraceError
 from .fold import fold
 from .fullgrad import Run, inner
+from .leaves import LeafSpec
 from .numeric import (
     NodeByNode,
     Noise,
@@ -48,7 +51,6 @@ from .trace import (
     Model,
     module_path,
     source_line,
-    trace,
     untouched,
     without_fast_path,
 )
@@ -75,13 +77,16 @@ def check_completeness(
     tolerance: float = TOLERANCE,
     seed: int = 0,
     on_progress: Tick | None = None,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
 ) -> Report:
     """Whether the gradient of `model` (with a policy's edits, if given) is FullGrad-complete.
 
     Symbolic: every live node's class lemma over the degrees. Numeric (float64): every node's real
     backward under random cotangents, and <c, f> against <x, G_x> + sum <b, G_b> end to end, on
-    parameters as they are and perturbed. `tolerance` is relative. Raises what `trace` raises, and
-    `NonFiniteError`; what cannot be judged is reported as such.
+    parameters as they are and perturbed. `tolerance` is relative. `unknown="measure"` measures
+    operations that nobody registered as black boxes (verdict numeric at most); `leaves` as in
+    `trace`. Raises what `trace` raises, and `NonFiniteError`; what cannot be judged is reported.
     """
     bar = nullcontext(on_progress) if on_progress else progress("checking")
     with bar as tick, torch.inference_mode(False):
@@ -89,7 +94,7 @@ def check_completeness(
         if isinstance(model, Balanced) and model.graph is not None:
             graph, policy = model.graph, policy or model.plan
         else:
-            graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
+            graph = graph_of(model, inputs, leaves, unknown)  # type: ignore[arg-type]
         audit = _Audit(graph, tolerance, seed, tick)
         audit.structure(policy)
         if numeric and graph.is_meta:
@@ -157,11 +162,18 @@ class _Audit:
             if finding:
                 self.verdicts[name] = Verdict.OPAQUE if finding.opaque else Verdict.VIOLATED
                 self.reasons[name] = finding.reason
+                if isinstance(op, Measured) and op.contradiction and not finding.opaque:
+                    self.verdicts[name] = Verdict.UNKNOWN
+                    self.reasons[name] = f"its measurement contradicts itself: {op.contradiction}"
+            elif isinstance(op, Measured):
+                self.verdicts[name], self.reasons[name] = Verdict.NUMERIC, op.note
             else:
                 # that an integral exists is proved, that it was found is measured
                 lemma = op.name in proved and self.labels.modes[name].edit != "integrate"
                 self.verdicts[name] = Verdict.PROVED if lemma else Verdict.NUMERIC
                 self.reasons[name] = LEMMAS[op.algebra]
+            if isinstance(op, Measured):
+                self.notes.append(f"{self.graph.describe(name)} is a black box, {op.note}")
         self._outputs()
 
     def _derive(self, policy: str | Policy) -> Plan | None:

@@ -38,6 +38,13 @@ app = typer.Typer(
 )
 
 
+class Unknown(StrEnum):
+    """What becomes of an operation that nobody registered."""
+
+    ERROR = "error"
+    MEASURE = "measure"
+
+
 class Dtype(StrEnum):
     """The dtypes a model may be cast to."""
 
@@ -93,6 +100,9 @@ Weights = Annotated[
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download its weights.")]
 Device = Annotated[
     str, typer.Option(callback=_fits_device, help="cpu, cuda, ...; meta for structure alone.")
+]
+IfUnknown = Annotated[
+    Unknown, typer.Option(help="Operations nobody registered: an error, or measured.")
 ]
 As = Annotated[Dtype, typer.Option(help="Cast the model; residuals are taken in float64 anyway.")]
 
@@ -170,11 +180,12 @@ def check(
     ] = True,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    unknown: IfUnknown = Unknown.ERROR,
 ) -> None:
     """Check a timm model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
     with _judging():
         model = _create(name, weights, pretrained, device, dtype)
-        report = check_completeness(model, policy=policy, numeric=numeric)
+        report = check_completeness(model, policy=policy, numeric=numeric, unknown=unknown)
         if json is not None:
             json.write_text(report.to_json() + "\n", encoding="utf-8")
     _print(report if sys.stdout.isatty() else Text(str(report)))
@@ -191,12 +202,13 @@ def derive(
         Path | None, typer.Option(callback=_writable, help="Write the plan there.")
     ] = None,
     device: Device = "meta",
+    unknown: IfUnknown = Unknown.ERROR,
 ) -> None:
     """Derive the edits that a policy makes to a timm model's backward pass, and show why."""
     with _judging():
         model = _create(name, None, False, device, Dtype.FLOAT32)
         with progress("deriving"):
-            plan = derive_rules(model, policy=policy)
+            plan = derive_rules(model, policy=policy, unknown=unknown)
         if save is not None:
             plan.save(save)
     _print(Text(str(plan)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fractions import Fraction
 from math import prod
@@ -63,10 +63,39 @@ def liveness(graph: ComputationGraph) -> Liveness:
 
     Raises `UnregisteredOperationError` with every operation on the way that nobody registered.
     """
+    live, unknown = _walk(graph)
+    if unknown:
+        nodes: dict[str, list[str]] = {}
+        for node, call in unknown.items():
+            nodes.setdefault(call.operator.name, []).append(node)
+        lines = [
+            f"  {name}: {graph.describe(calls[0])}"
+            + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
+            for name, calls in sorted(nodes.items())
+        ]
+        raise UnregisteredOperationError(
+            "these operations carry the input and are not registered:\n"
+            + "\n".join(lines)
+            + "\nregister each with its class and degree rule, for example\n"
+            "  from fullgrad_theory.operators import Algebra, register\n"
+            f"  register({sorted(nodes)[0]!r}, Algebra.STRUCTURAL, 'self')\n"
+            "or have them measured as black boxes, for a verdict of numeric at most: "
+            'unknown="measure" (on the command line --unknown measure)'
+        )
+    return replace(live, calls=_mark_eps(graph, dict(live.calls)))
+
+
+def unregistered(graph: ComputationGraph) -> dict[str, Call]:
+    """The calls that read moving values and that neither the registry nor a measurement knows."""
+    return _walk(graph)[1]
+
+
+def _walk(graph: ComputationGraph) -> tuple[Liveness, dict[str, Call]]:
+    """The states of all nodes, and the calls nobody knows, which are taken to be live."""
     states: dict[str, tuple[State, ...]] = {}
     calls: dict[str, Call] = {}
     sources: list[str] = []
-    unknown: dict[str, list[str]] = {}
+    unknown: dict[str, Call] = {}
     ids: set[str] = set()  # integer values that come from an integer input alone
     for node in graph.fx.graph.nodes:
         state: tuple[State, ...] = (State.CONSTANT,)
@@ -99,9 +128,10 @@ def liveness(graph: ComputationGraph) -> Liveness:
                 state = _item(states[inputs[0].name], node.args[1])
                 calls[node.name] = _call(lookup(name), node, states)  # type: ignore[arg-type]
             elif moving:
-                found = lookup(name)
+                found = graph.measured.get(node.name) or lookup(name)
                 if found is None:
-                    unknown.setdefault(name, []).append(node.name)
+                    nobody = Operator(name, Algebra.SMOOTH)
+                    unknown[node.name] = _call(nobody, node, states)
                     state = (State.LIVE,)
                 else:
                     call = _call(found, node, states)
@@ -112,20 +142,7 @@ def liveness(graph: ComputationGraph) -> Liveness:
                         calls[node.name] = call
                         state = _result(found, node, call, states)
         states[node.name] = state
-    if unknown:
-        lines = [
-            f"  {name}: {graph.describe(nodes[0])}"
-            + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")
-            for name, nodes in sorted(unknown.items())
-        ]
-        raise UnregisteredOperationError(
-            "these operations carry the input and are not registered:\n"
-            + "\n".join(lines)
-            + "\nregister each with its class and degree rule, for example\n"
-            "  from fullgrad_theory.operators import Algebra, register\n"
-            f"  register({sorted(unknown)[0]!r}, Algebra.STRUCTURAL, 'self')"
-        )
-    return Liveness(states, _mark_eps(graph, calls), tuple(sources))
+    return Liveness(states, calls, tuple(sources)), unknown
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -19,14 +19,16 @@ from math import lcm
 from ortools.sat.python import cp_model
 from torch import fx
 
+from .blackbox import graph_of
 from .degrees import Degrees, Liveness, State, degrees, liveness
 from .errors import InputError, NoPlanError, PolicyError
+from .leaves import LeafSpec
 from .operators import Algebra, Call, Mode, Relation, target_name
 from .operators.registry import REGION
 from .plan import Plan, compress, fingerprint
 from .policies import Policy, policy, within
 from .rules import NODE_EDITS, Edit, Integrate, Prune, Scale
-from .trace import ComputationGraph, Inputs, Model, module_path, trace
+from .trace import ComputationGraph, Inputs, Model, module_path
 
 HIGHEST = 32
 """degrees beyond +-32, or with a denominator beyond 24, are not looked for"""
@@ -47,13 +49,16 @@ def derive_rules(
     *,
     alternatives: int = 0,
     effort: float = 10.0,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
 ) -> Plan:
     """The least-cost plan that makes a model, a layer or a traced graph complete under a policy.
 
     `alternatives`: how many further plans to look for, the next cheapest ones, as the plan's
     `alternatives`; each needs all of its edits, and gives another gradient than the rest.
     `effort` bounds the search per piece, about seconds but counted in deterministic steps: the same
-    graph gives the same plan, and beyond it the best one so far with `optimal=False`.
+    graph gives the same plan, and beyond it the best one so far with `optimal=False`. `unknown` as
+    in `check_completeness`, `leaves` as in `trace`.
     Raises `NoPlanError` naming the obstacle, `UnknownNameError`, `PolicyError`, `InputError` for
     alternatives to a partial policy, and what `trace` raises.
     """
@@ -65,7 +70,7 @@ def derive_rules(
             else f"policy {chosen.name!r} is partial, and alternatives are plans that leave "
             "nothing incomplete; take a complete policy, such as 'libra'"
         )
-    graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
+    graph = graph_of(model, inputs, leaves, unknown)
     live = liveness(graph)
     before = degrees(graph, (), live)
     if not any(live.state(value) is State.LIVE for value in graph.outputs):

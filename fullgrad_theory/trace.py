@@ -8,9 +8,9 @@ import site
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -24,16 +24,18 @@ from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .errors import InputError, TraceError, TrainingModeError
+from .errors import FullgradError, InputError, TraceError, TrainingModeError
 from .functionalise import (
     drop_assertions,
     fake_call,
     fake_mode,
     functionalise,
     inline_regions,
+    mutates,
     unroll,
 )
-from .operators import bind, target_name
+from .leaves import LeafSpec, Leaves
+from .operators import Operator, bind, target_name
 from .operators.base import operands
 
 Model = nn.Module | Callable[..., Any]
@@ -45,6 +47,7 @@ class ComputationGraph:
     """A traced model. `fx`: a GraphModule over pure ATen calls that shares the model's parameters.
 
     `args`, `kwargs` are the example inputs; `dynamic` says whether the batch size was left open.
+    `measured`: node -> what `blackbox.measure` found of an operation that nobody registered.
     """
 
     fx: GraphModule
@@ -53,6 +56,7 @@ class ComputationGraph:
     name: str
     dynamic: bool
     model: Model
+    measured: Mapping[str, Operator] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> dict[str, Node]:
@@ -139,6 +143,7 @@ def module_path(node: Node) -> str:
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.*)')
 _TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
 
 
 def source_frame(node: Node) -> tuple[str, int] | None:
@@ -146,7 +151,7 @@ def source_frame(node: Node) -> tuple[str, int] | None:
     frames = [
         (m["file"], int(m["line"])) for m in _FRAME.finditer(node.meta.get("stack_trace") or "")
     ]
-    own = [f for f in frames if not f[0].startswith(_TORCH)]
+    own = [f for f in frames if not f[0].startswith((_TORCH, _HERE))]
     best = own or frames
     return best[-1] if best else None
 
@@ -304,12 +309,15 @@ def _own_copy() -> Callable[[Tensor], Tensor]:
     return own
 
 
-def trace(model: Model, inputs: Inputs = None) -> ComputationGraph:
+def trace(
+    model: Model, inputs: Inputs = None, *, leaves: Collection[LeafSpec] = ()
+) -> ComputationGraph:
     """The computation graph of a model, a layer or a function, in eval mode.
 
     `inputs`: a tensor, a tuple of positional arguments or a dict of keywords; left out where the
     model has a `pretrained_cfg`. Works on the meta device. The batch dimension is left open where
-    the model allows it. Raises `TrainingModeError`, `InputError`, `TraceError`.
+    the model allows it. `leaves`: module classes, autograd.Functions and module paths whose calls
+    become one node each, backward kept. Raises `TrainingModeError`, `InputError`, `TraceError`.
     """
     module = as_module(model)
     if isinstance(module, torch.jit.ScriptModule):
@@ -322,12 +330,15 @@ def trace(model: Model, inputs: Inputs = None) -> ComputationGraph:
     if not any(t.numel() for t in _tensors(args, kwargs)):
         raise InputError("inputs hold no tensor with elements; pass what the model's forward takes")
     _check_arguments(module, model, args, kwargs)
+    kept_whole = Leaves(module, leaves)
     with _kept(module), _muted(), torch.inference_mode(False):
-        program, dynamic = _export(module, model, args, kwargs)
+        program, dynamic = _export(module, model, args, kwargs, kept_whole)
     unlifted = program.module()
     inline_regions(unlifted)
+    kept_whole.write(unlifted)
     unroll(unlifted)
     drop_assertions(unlifted)
+    kept_whole.check_writes(any(mutates(n) for n in unlifted.graph.nodes))
     functionalise(unlifted)
     _fake_values(unlifted)
     name = _name(model)
@@ -358,7 +369,11 @@ def _check_arguments(
 
 
 def _export(
-    module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Leaves,
 ) -> tuple[torch.export.ExportedProgram, bool]:
     """Export with an open batch dimension, or with the shapes as they are where that fails."""
     batched = [t for t in _tensors(args, kwargs) if t.dim() > 0]
@@ -376,21 +391,24 @@ def _export(
         shapes = pytree.tree_map(mark, dict(bound))
         try:
             more, named = pytree.tree_map(lambda t: resize(t, 2), (args, kwargs))
-            program = _call_export(module, more, named, shapes)
+            program = _call_export(module, more, named, shapes, leaves)
             if _any_batch(program) and _same_calls(module, more, named):
                 return program, True
         except Exception:  # noqa: BLE001  the plain export below reports what is really wrong
             pass
     try:
-        return _call_export(module, args, kwargs, None), False
+        return _call_export(module, args, kwargs, None, leaves), False
+    except FullgradError:
+        raise
     except Exception as error:
         raise _explain(module, model, args, kwargs, error) from error
 
 
 def _call_export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, leaves: Leaves
 ) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.enable_grad(), without_fast_path():
+    quiet, grad = warnings.catch_warnings(), torch.enable_grad()
+    with quiet, grad, without_fast_path(), leaves.installed():
         warnings.simplefilter("ignore")
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
@@ -544,12 +562,11 @@ def _place(module: nn.Module, error: BaseException) -> str:
     paths = {id(m): name for name, m in module.named_modules() if name}
     path = line = ""
     trace_back = error.__traceback__
-    here = str(Path(__file__).parent)
     while trace_back is not None:
         frame = trace_back.tb_frame
         path = paths.get(id(frame.f_locals.get("self")), path)
         file = frame.f_code.co_filename
-        if not file.startswith((_TORCH, here)) and not file.startswith("<"):
+        if not file.startswith((_TORCH, _HERE)) and not file.startswith("<"):
             line = f"{_shorten(file)}:{trace_back.tb_lineno}"
         trace_back = trace_back.tb_next
     where = ", ".join(filter(None, (path and f"in {path}", line and f"at {line}")))
