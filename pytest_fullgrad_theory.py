@@ -6,7 +6,9 @@ has the plugin installed pays for that in the first test that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +44,8 @@ def fgt_complete(request: pytest.FixtureRequest) -> Callable[..., Report]:
         from fullgrad_theory import FullgradError, Report, check_completeness
 
         try:
-            report = check_completeness(model, inputs, **options)
+            with _no_structured_trace():
+                report = check_completeness(model, inputs, **options)
         except FullgradError as error:
             name = getattr(model, "__name__", None) or type(model).__name__
             policy = options.get("policy")
@@ -55,6 +58,23 @@ def fgt_complete(request: pytest.FixtureRequest) -> Callable[..., Report]:
         return report
 
     return check
+
+
+@contextmanager
+def _no_structured_trace() -> Iterator[None]:
+    """Keep torch's structured trace out of the captured log, whose length would hide the report.
+
+    pytest 9.2 captures loggers that do not propagate as well.
+    """
+    logger = logging.getLogger("torch.__trace")
+    captured = [h for h in logger.handlers if type(h).__module__.startswith("_pytest.")]
+    for handler in captured:
+        logger.removeHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in captured:
+            logger.addHandler(handler)
 
 
 def _write(report: Report, model: Any, folder: Path, checked: list[str]) -> None:

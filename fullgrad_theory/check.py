@@ -324,7 +324,7 @@ class _Audit:
         Where its backward is not the traced one, the bias leaves that are parameters get its own
         gradient too (written into `biases`), and the nodes' verdicts do not count.
         """
-        if any(n in self.labels.live.calls for n in self.labels.live.sources):
+        if any(self.graph.nodes[n].op != "placeholder" for n in self.labels.live.sources):
             return None  # attribution ends at an embedding, which only the trace shows
         leaves = {
             name: own.get_parameter(name)
