@@ -146,7 +146,8 @@ def _result(
         "ruleId": str(rule),
         "ruleIndex": list(_RULES).index(rule),
         "level": _RULES[rule].level,
-        "message": {"text": text},
+        # a brace would have to be doubled (SARIF 3.11.5), and is then shown so
+        "message": {"text": text.translate({ord("{"): "[", ord("}"): "]"})},
         "locations": [location],
     }
     return found | ({"properties": more} if more else {})

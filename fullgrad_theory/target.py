@@ -30,12 +30,10 @@ def is_target(name: str) -> bool:
 
 
 def file_of(name: str) -> str:
-    """`'path/to/file.py:1'`, the file that a target names; "" for other names."""
-    if not is_target(name):
-        return ""
-    where = _split(name)[0]
+    """`'path/to/file.py:1'`, the file that a target names; "" for whatever names none."""
+    where = name if name.endswith(".py") else name.rpartition(":")[0]
     path = Path(where if where.endswith(".py") else where.replace(".", "/"))
-    tried = (path, path.with_suffix(".py"), path / "__init__.py")
+    tried = (path, path.parent / f"{path.name}.py", path / "__init__.py") if where else ()
     return next((f"{shorten(str(p.absolute()))}:1" for p in tried if p.is_file()), "")
 
 
