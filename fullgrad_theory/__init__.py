@@ -7,7 +7,7 @@ parts = fullgrad(balanced, x, target=3)             # the logit, split into its 
 """
 
 from .balance import Balanced, balance
-from .check import check_completeness
+from .check import assert_complete, check_completeness
 from .degrees import Degrees, degrees
 from .derive import derive_rules
 from .errors import FullgradError
@@ -39,6 +39,7 @@ __all__ = [
     "Scale",
     "Secant",
     "Verdict",
+    "assert_complete",
     "balance",
     "check_completeness",
     "degrees",

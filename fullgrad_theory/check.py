@@ -44,7 +44,7 @@ from .operators import LEMMAS, Algebra, lookup, target_name
 from .plan import Plan
 from .policies import Policy
 from .progress import Tick, progress
-from .report import EndToEnd, NodeReport, Report, Verdict
+from .report import EndToEnd, IncompleteError, NodeReport, Report, Verdict
 from .trace import (
     ComputationGraph,
     Inputs,
@@ -102,6 +102,31 @@ def check_completeness(
         elif numeric:
             _measure(audit)
         return audit.report(numeric and not graph.is_meta)
+
+
+def assert_complete(
+    model: Model | Balanced | ComputationGraph,
+    inputs: Inputs = None,
+    *,
+    policy: str | Policy | Plan | None = None,
+    numeric: bool = True,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
+) -> Report:
+    """The report of `check_completeness`, or `IncompleteError` (an AssertionError) with its brief.
+
+    A model that cannot be judged is not complete. Raises what `check_completeness` raises.
+    """
+    __tracebackhide__ = True  # pytest shows the caller's line
+    report = check_completeness(
+        model, inputs, policy=policy, numeric=numeric, tolerance=tolerance, seed=seed,
+        unknown=unknown, leaves=leaves,
+    )  # fmt: skip
+    if not report.complete:
+        raise IncompleteError(report.brief())
+    return report
 
 
 def _measure(audit: _Audit) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -23,11 +23,14 @@ from rich.text import Text
 from .check import check_completeness
 from .derive import derive_rules
 from .errors import FullgradError, InputError, unknown_name
+from .formats import to_junit, to_sarif
 from .operators import LEMMAS, registered
 from .policies import policies as known_policies
 from .policies import policy as find_policy
 from .progress import progress
-from .report import WIDTH
+from .report import WIDTH, Report
+from .target import Shape, draw, file_of, is_target, load
+from .trace import Model, default_inputs, definition, home
 
 app = typer.Typer(
     add_completion=False,
@@ -66,7 +69,9 @@ def _fits_policy(name: str | None) -> str | None:
     return name
 
 
-def _fits_device(name: str) -> str:
+def _fits_device(name: str | None) -> str | None:
+    if name is None:
+        return None
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -92,41 +97,81 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
-Name = Annotated[str, typer.Argument(help="A timm model, for example vit_tiny_patch16_224.")]
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A timm model (vit_tiny_patch16_224), or one of your own: package.module:attribute or "
+        "path/to/file.py:attribute. The attribute is an nn.Module, or a class or a function that "
+        "makes one without arguments; eval() is called on it. Any other function is itself what "
+        "is traced, and needs --input."
+    ),
+]
+Inputs = Annotated[
+    list[Shape] | None,
+    typer.Option(
+        "--input",
+        parser=_shape,
+        metavar="SHAPE[:DTYPE]",
+        help="The shape of an argument of forward(), 1,3,224,224; once for each of them. Values "
+        "are seeded: normal, or, where a dtype says integers or bool (2,16:int64), from {0, 1}.",
+    ),
+]
 Weights = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="A local checkpoint; else random weights."),
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download its weights.")]
 Device = Annotated[
-    str, typer.Option(callback=_fits_device, help="cpu, cuda, ...; meta for structure alone.")
+    str | None,
+    typer.Option(
+        callback=_fits_device,
+        help="cpu, cuda, ...; meta for structure alone. Your own model stays where it is by default"
+        " and is moved there after it is made.",
+    ),
+]
+As = Annotated[
+    Dtype | None,
+    typer.Option(help="Cast the model; residuals are taken in float64 anyway."),
 ]
 IfUnknown = Annotated[
     Unknown, typer.Option(help="Operations nobody registered: an error, or measured.")
 ]
-As = Annotated[Dtype, typer.Option(help="Cast the model; residuals are taken in float64 anyway.")]
 
 
 @contextmanager
-def _judging() -> Iterator[None]:
-    """Anything that keeps a model from being judged is one message and exit code 2."""
+def _judging(record: Callable[[str], None] = lambda why: None) -> Iterator[None]:
+    """Anything that keeps a model from being judged is one message, recorded, and exit code 2."""
     try:
         yield
+        return
     except (FullgradError, OSError) as error:
-        _fail(str(error))
+        why = str(error)
     except (MemoryError, torch.OutOfMemoryError):
-        _fail("out of memory; --no-numeric needs less, and --device meta next to none")
-
-
-def _fail(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(f"error: {message}", style="red"))
+        why = "out of memory; --no-numeric needs less, and --device meta next to none"
+    record(why)
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {why}", style="red"))
     raise typer.Exit(2)
 
 
 def _create(
-    name: str, weights: Path | None, pretrained: bool, device: str, dtype: Dtype
-) -> torch.nn.Module:
-    """A timm model in eval mode: seeded random weights, a local checkpoint, or timm's own."""
+    name: str,
+    weights: Path | None,
+    pretrained: bool,
+    device: str | None,
+    dtype: Dtype | None,
+    otherwise: str = "cpu",
+) -> Model:
+    """A model in eval mode: timm's with seeded random weights or loaded ones, or the user's own."""
+    if is_target(name):
+        return _own(name, weights, pretrained, device, dtype)
+    device = device or otherwise
     meta = torch.device(device).type == "meta"
     if pretrained + (weights is not None) + meta > 1:
         raise InputError("choose one of --weights, --pretrained and --device meta")
@@ -134,14 +179,54 @@ def _create(
         import timm  # not at the top: it takes seconds, and only models need it
 
         if not timm.is_model(name):
-            raise unknown_name("model", name, timm.list_models())
+            error = unknown_name("model", name, timm.list_models())
+            raise type(error)(f"{error}; one of your own is package.module:attribute")
         torch.manual_seed(0)
         with torch.device("meta" if meta else "cpu"):
             model = _loaded(timm.create_model, name, pretrained=pretrained)
         if weights is not None:
             _loaded(timm.models.load_checkpoint, model, str(weights), weights_only=True)
-        created: torch.nn.Module = model.to(device, getattr(torch, dtype))
+        created: torch.nn.Module = model.to(device, getattr(torch, dtype or Dtype.FLOAT32))
         return created.eval()
+
+
+def _own(
+    name: str, weights: Path | None, pretrained: bool, device: str | None, dtype: Dtype | None
+) -> Model:
+    """The user's model as their code makes it, then moved and cast where an option says so."""
+    if pretrained:
+        raise InputError(f"--pretrained is for timm models; let {name} load its own weights")
+    with progress(f"creating {name}"):
+        torch.manual_seed(0)
+        model = load(name)
+        if not isinstance(model, torch.nn.Module):
+            if weights is not None:
+                raise InputError(f"{name} is a function, which --weights cannot be loaded into")
+            return model
+        if weights is not None:
+            import timm  # its loader knows safetensors and nested checkpoints
+
+            _loaded(timm.models.load_checkpoint, model, str(weights), weights_only=True)
+        cast = getattr(torch, dtype) if dtype else None
+        return _loaded(lambda moved, _: moved.to(device, cast), model, name)
+
+
+def _inputs(
+    model: Model, shapes: list[Shape] | None, device: str | None, dtype: Dtype | None
+) -> tuple[torch.Tensor, ...]:
+    """What --input says, else what the model itself says it takes."""
+    at, kind = home(model)
+    if shapes:
+        if not isinstance(model, torch.nn.Module):
+            at, kind = torch.device(device or at), getattr(torch, dtype) if dtype else kind
+        return draw(shapes, at, kind)
+    try:
+        return default_inputs(model)
+    except InputError:
+        raise InputError(
+            "the model does not say what it takes: give each argument of its forward() a shape, "
+            "for example --input 1,3,224,224"
+        ) from None
 
 
 def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +251,7 @@ def _print(*parts: Any) -> None:
 @app.command()
 def check(
     name: Name,
+    inputs: Inputs = None,
     policy: Annotated[
         str | None,
         typer.Option(callback=_fits_policy, help="Judge the gradient with this policy's edits."),
@@ -173,8 +259,14 @@ def check(
     json: Annotated[
         Path | None, typer.Option(callback=_writable, help="Write the report there as JSON.")
     ] = None,
-    dtype: As = Dtype.FLOAT32,
-    device: Device = "cpu",
+    sarif: Annotated[
+        Path | None, typer.Option(callback=_writable, help="... as SARIF 2.1.0 (code scanning).")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(callback=_writable, help="... as JUnit XML (test reports).")
+    ] = None,
+    dtype: As = None,
+    device: Device = None,
     numeric: Annotated[
         bool, typer.Option("--numeric/--no-numeric", help="Measure, or structure alone.")
     ] = True,
@@ -182,12 +274,23 @@ def check(
     pretrained: Pretrained = False,
     unknown: IfUnknown = Unknown.ERROR,
 ) -> None:
-    """Check a timm model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
-    with _judging():
+    """Check a model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
+
+    def write(report: Report, defined: str) -> None:
+        for file, text in ((json, report.to_json), (junit, lambda: to_junit(report)),
+                           (sarif, lambda: to_sarif(report, defined=defined))):  # fmt: skip
+            if file is not None:
+                file.write_text(text() + "\n", encoding="utf-8")
+
+    def unjudged(why: str) -> None:  # or the files of an earlier run would speak for this one
+        write(Report.unjudged(name, policy, why), file_of(name))
+
+    with _judging(unjudged):
         model = _create(name, weights, pretrained, device, dtype)
-        report = check_completeness(model, policy=policy, numeric=numeric, unknown=unknown)
-        if json is not None:
-            json.write_text(report.to_json() + "\n", encoding="utf-8")
+        given = _inputs(model, inputs, device, dtype)
+        report = check_completeness(model, given, policy=policy, numeric=numeric, unknown=unknown)
+    with _judging():
+        write(report, definition(model) or file_of(name))
     _print(report if sys.stdout.isatty() else Text(str(report)))
     raise typer.Exit(report.exit_code)
 
@@ -195,20 +298,22 @@ def check(
 @app.command()
 def derive(
     name: Name,
+    inputs: Inputs = None,
     policy: Annotated[
         str, typer.Option(callback=_fits_policy, help="The table of what each edit costs.")
     ] = "libra",
     save: Annotated[
         Path | None, typer.Option(callback=_writable, help="Write the plan there.")
     ] = None,
-    device: Device = "meta",
+    device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
 ) -> None:
-    """Derive the edits that a policy makes to a timm model's backward pass, and show why."""
+    """Derive the edits that a policy makes to a model's backward pass, and show why."""
     with _judging():
-        model = _create(name, None, False, device, Dtype.FLOAT32)
+        model = _create(name, None, False, device, None, otherwise="meta")
+        given = _inputs(model, inputs, device, None)
         with progress("deriving"):
-            plan = derive_rules(model, policy=policy, unknown=unknown)
+            plan = derive_rules(model, given, policy=policy, unknown=unknown)
         if save is not None:
             plan.save(save)
     _print(Text(str(plan)))

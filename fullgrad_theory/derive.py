@@ -505,8 +505,7 @@ class _Labelling:
     def _add(self, place: int, site: Site) -> None:
         model, alive = self.model, self.alive[place]
         seen = {name: self._seen(place, name, ref) for name, ref in site.operands}
-        reads = [name for name, ref in site.operands if ref is not None]
-        edges = dict(zip(reads, (pruned for _, pruned in self.read[place]), strict=True))
+        edges = {argument: pruned for argument, _, pruned in self.read[place]}
         wanted = [
             self._new_degree(small) if live else self.zero_var
             for live, small in zip(site.live, site.small, strict=True)
@@ -607,7 +606,8 @@ class _Labelling:
             self.model.add(common * value == total).only_enforce_if(way)
         for name in relation.ray:  # moves as the output does, or is pruned or frozen
             if name in edges:
-                free = [] if edges[name] is None else [~edges[name]]
+                pruned = edges[name]
+                free = [] if pruned is None else [~pruned]
                 self.model.add(seen[name] == value).only_enforce_if(way, *free)
         if relation.domain is not None:
             self._restrict(value, relation.domain, way)

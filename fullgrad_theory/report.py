@@ -94,13 +94,11 @@ class Report:
 
     def __str__(self) -> str:
         """What a terminal shows, without colour, at most 100 columns wide."""
-        page = io.StringIO()
-        console = Console(
-            file=page, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False
-        )
-        for part in _render(self):
-            console.print(part, highlight=False)
-        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+        return _text(_render(self))
+
+    def brief(self) -> str:
+        """The verdict, and what stands in the way of a complete one: where, why, the mend."""
+        return _text(_render_brief(self))
 
     def __rich__(self) -> RenderableType:
         """The same for a rich console, in colour."""
@@ -149,6 +147,11 @@ class Report:
             problems=tuple(data["problems"]),
             notes=tuple(data["notes"]),
         )
+
+    @classmethod
+    def unjudged(cls, model: str, policy: str | None, why: str) -> Report:
+        """The report of a model that could not even be traced."""
+        return cls(model, policy, None, None, None, (), (), None, problems=(why,))
 
     @property
     def exit_code(self) -> int:
@@ -206,9 +209,25 @@ _VERDICT_STYLES = {
     Verdict.OPAQUE: "yellow",
     Verdict.UNKNOWN: "yellow",
 }
-_FINE = (Verdict.PROVED, Verdict.NUMERIC)
+FINE = (Verdict.PROVED, Verdict.NUMERIC)
 # ASCII, for terminals and log files that know nothing else
 _RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+def _text(parts: Iterable[RenderableType]) -> str:
+    page = io.StringIO()
+    console = Console(
+        file=page, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False
+    )
+    for part in parts:
+        console.print(part, highlight=False)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def _render_brief(report: Report) -> Iterator[RenderableType]:
+    yield _headline(report)
+    yield from _listed("problems", report.problems, "red")
+    yield from _obstacles(report)
 
 
 def _render(report: Report) -> Iterator[RenderableType]:
@@ -217,10 +236,7 @@ def _render(report: Report) -> Iterator[RenderableType]:
     if report.nodes:
         yield Text("\noperations", style="bold")
         yield _operations(report.nodes)
-    groups = group_nodes(n for n in report.nodes if n.verdict not in _FINE)
-    if groups:
-        yield Text("\nwhat stands in the way", style="bold")
-        yield from _culprits(groups)
+    yield from _obstacles(report)
     if report.measurements:
         yield Text("\nend to end", style="bold")
         yield _measured(report.measurements)
@@ -267,7 +283,7 @@ def _operations(nodes: Sequence[NodeReport]) -> Table:
         if node.error is not None:
             worst[node.op] = max(worst.get(node.op, 0.0), node.error, key=_badness)
     order = sorted(
-        counts, key=lambda op: (-sum(counts[op][v] for v in Verdict if v not in _FINE),
+        counts, key=lambda op: (-sum(counts[op][v] for v in Verdict if v not in FINE),
                                 -counts[op].total(), op)
     )  # fmt: skip
     shown = [v for v in Verdict if any(c[v] for c in counts.values())]
@@ -295,6 +311,13 @@ def _operations(nodes: Sequence[NodeReport]) -> Table:
     return table
 
 
+def _obstacles(report: Report) -> Iterator[RenderableType]:
+    groups = group_nodes(n for n in report.nodes if n.verdict not in FINE)
+    if groups:
+        yield Text("\nwhat stands in the way", style="bold")
+        yield from _culprits(groups)
+
+
 def _culprits(groups: Sequence[Sequence[NodeReport]]) -> Iterator[RenderableType]:
     """A paragraph a group: what, where, why, and what mends it."""
     ranked = sorted(groups, key=len, reverse=True)[:_GROUPS_SHOWN]
@@ -308,7 +331,7 @@ def _culprits(groups: Sequence[Sequence[NodeReport]]) -> Iterator[RenderableType
         yield Text.assemble(first.op, "  ", (counted, _VERDICT_STYLES[first.verdict]))
         paths = compress(n.module_path for n in group if n.module_path)
         sources = dict.fromkeys(n.source for n in group if n.source)
-        edits = dict.fromkeys(_edit_of_kind(n) for n in group if n.edit)
+        edits = dict.fromkeys(edit_of_kind(n) for n in group if n.edit)
         where = ", ".join(_few(paths, 8)) or "(top level)"
         at = f" ({', '.join(_few(sources, 3))})" if sources else ""
         table = Table.grid(padding=(0, 1))
@@ -329,7 +352,7 @@ def _few(texts: Iterable[str], most: int = 3) -> list[str]:
     return texts[:most] + ([f"and {left} more"] if left > 0 else [])
 
 
-def _edit_of_kind(node: NodeReport) -> str:
+def edit_of_kind(node: NodeReport) -> str:
     """A node's edit with its operation in place of its name: the same for the whole group."""
     short = node.op.split(".")[1] if node.op.startswith("aten.") else node.op
     return re.sub(rf"\b{re.escape(node.name)}\b", short, node.edit or "")
@@ -370,7 +393,7 @@ def group_nodes(nodes: Iterable[NodeReport]) -> list[list[NodeReport]]:
     """Nodes of one operation with one reason and one kind of edit; violated groups come first."""
     groups: dict[tuple[str, ...], list[NodeReport]] = {}
     for node in nodes:
-        key = (node.verdict, node.op, _shape(node.reason), _edit_of_kind(node))
+        key = (node.verdict, node.op, _shape(node.reason), edit_of_kind(node))
         groups.setdefault(key, []).append(node)
     return sorted(groups.values(), key=lambda g: (list(Verdict).index(g[0].verdict), -len(g)))
 

@@ -159,13 +159,31 @@ def source_frame(node: Node) -> tuple[str, int] | None:
 def source_line(node: Node) -> str:
     """`'timm/layers/mlp.py:49'`, relative to site-packages or to the working folder."""
     frame = source_frame(node)
-    return f"{_shorten(frame[0])}:{frame[1]}" if frame else ""
+    return f"{shorten(frame[0])}:{frame[1]}" if frame else ""
 
 
-def _shorten(file: str) -> str:
-    roots = [*site.getsitepackages(), str(Path.cwd()), *sys.path]
-    fitting = [r for r in roots if r and file.startswith(r.rstrip("/") + "/")]
-    return file[len(max(fitting, key=len).rstrip("/")) + 1 :] if fitting else file
+def shorten(file: str) -> str:
+    """A path relative to site-packages, else to the working folder, else to an entry of sys.path.
+
+    The working folder goes before a longer entry (`src`): an editor or a CI finds the file again.
+    """
+    for roots in (site.getsitepackages(), [str(Path.cwd())], sys.path):
+        fitting = [r.rstrip("/") for r in roots if r and file.startswith(r.rstrip("/") + "/")]
+        if fitting:
+            return file[len(max(fitting, key=len)) + 1 :]
+    return file
+
+
+def definition(model: Model) -> str:
+    """Where a model's class, or a function, is written, as `source_line`; "" if in torch."""
+    while isinstance(model, partial):
+        model = model.func
+    what = model if isinstance(model, (FunctionType, MethodType)) else type(model)
+    try:
+        file, line = inspect.getsourcefile(what), inspect.getsourcelines(what)[1]
+    except (OSError, TypeError):  # a builtin, or code without a file
+        return ""
+    return f"{shorten(file)}:{line}" if file and not file.startswith(_TORCH) else ""
 
 
 # --------------------------------------------------------------------------- the door
@@ -259,14 +277,15 @@ def default_inputs(model: Model, batch: int = 1) -> tuple[Tensor, ...]:
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(own, (tuple, list)) and len(own) == 2:
         size = (size[0], *own)
-    device, dtype = _home(model)
+    device, dtype = home(model)
     if device.type == "meta":
         return (torch.zeros((batch, *size), device=device, dtype=dtype),)
     generator = torch.Generator().manual_seed(0)
     return (torch.randn((batch, *size), generator=generator).to(device, dtype),)
 
 
-def _home(model: Model) -> tuple[torch.device, torch.dtype]:
+def home(model: Model) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's first floating-point tensor; cpu and float32 if it has none."""
     if isinstance(model, nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
@@ -542,17 +561,18 @@ def _explain(
             untouched(module, args, kwargs)
     except Exception as own:  # noqa: BLE001  the model itself refuses the inputs
         return InputError(
-            f"{_name(model)} does not run on inputs of shape {shapes}: {_first_line(own)}"
+            f"{_name(model)} does not run on inputs of shape {shapes}: {first_line(own)}"
             f"{_place(module, own)}; pass inputs that model(*inputs) accepts"
         )
     return TraceError(
-        f"torch.export refuses {_name(model)}: {_first_line(error)}{_place(module, error)}; the "
+        f"torch.export refuses {_name(model)}: {first_line(error)}{_place(module, error)}; the "
         "usual cause is Python control flow that depends on a tensor's values: make the branch a "
         "torch.where, or trace the layers on either side of it"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
@@ -567,7 +587,7 @@ def _place(module: nn.Module, error: BaseException) -> str:
         path = paths.get(id(frame.f_locals.get("self")), path)
         file = frame.f_code.co_filename
         if not file.startswith((_TORCH, _HERE)) and not file.startswith("<"):
-            line = f"{_shorten(file)}:{trace_back.tb_lineno}"
+            line = f"{shorten(file)}:{trace_back.tb_lineno}"
         trace_back = trace_back.tb_next
     where = ", ".join(filter(None, (path and f"in {path}", line and f"at {line}")))
     return f" ({where})" if where else ""
