@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -228,13 +229,20 @@ def rounding(graph: ComputationGraph) -> float:
     return max((torch.finfo(d).eps for d in named), default=0.0)
 
 
+@lru_cache(1)
+def _long_draw(seed: int) -> Tensor:
+    draw = torch.randn(
+        1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return torch.cat([draw, draw])
+
+
 class Noise:
     """Random cotangents cut from one long draw at random places: a fresh draw a node is slow."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        draw = torch.randn(1 << 20, generator=self.generator, dtype=torch.float64)
-        self.draw = torch.cat([draw, draw])
+        self.draw = _long_draw(seed)
 
     def like(self, value: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `value`."""
