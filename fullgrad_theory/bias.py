@@ -28,6 +28,13 @@ _BROADCAST_CHANNEL = {
     "aten.group_norm.default",
     "aten.instance_norm.default",
 }
+_REMAINDERS = {
+    "aten.fmod.Scalar",
+    "aten.fmod.Tensor",
+    "aten.remainder.Scalar",
+    "aten.remainder.Tensor",
+}
+_DISTANCES = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
 def bias_map(
@@ -44,9 +51,10 @@ def bias_map(
         if call.operator.algebra is Algebra.ELEMENTWISE:
             origin = torch.zeros_like(output).reshape(-1)[:1]
             return _call(node, call, args, kwargs, {next(iter(call.moving)): origin})
-        if name in _BROADCAST_LAST:
+        alone = bias_operands(call) == ("bias",)
+        if name in _BROADCAST_LAST and alone:
             return values["bias"]
-        if name in _BROADCAST_CHANNEL:
+        if name in _BROADCAST_CHANNEL and alone:
             channels = [1] * output.dim()
             channels[-output.dim() + 1 if output.dim() > 1 else 0] = -1
             return values["bias"].reshape(channels)
@@ -54,12 +62,38 @@ def bias_map(
             live = [values[n] for n in sorted(call.moving) if isinstance(values[n], Tensor)]
             if name == "aten.softshrink.default":
                 return torch.where(output == 0, 0.0, output - live[0])
+            if name in _REMAINDERS:
+                return output - values["self"] if "self" in call.moving else values["self"]
+            if name in _DISTANCES:
+                return _distance_map(name, call, values, output)
             chosen = torch.stack([output == u.expand_as(output) for u in live]).any(0)
             return output.masked_fill(chosen, 0.0)
         relations = polynomial(call.operator.signature, call) or ()
         factors = {n for r in relations for term in r.terms for n, power in term if power > 0}
         zeroed = {n: torch.zeros_like(values[n]) for n in factors}
         return _call(node, call, args, kwargs, zeroed)
+
+
+def _distance_map(name: str, call: Call, values: dict[str, Any], output: Tensor) -> Tensor:
+    """J_c c of a distance |u - c| with c constant: its gradient at every element, times c."""
+    first, second = (n for n in values if n in ("self", "other", "x1", "x2"))
+    u, c = (first, second) if first in call.moving else (second, first)
+    live, held = values[u], values[c]
+    if name == "aten.hypot.default":
+        return held * held / output
+    if name == "aten.cdist.default":
+        live, held = (
+            values[n].unsqueeze(-2 if n == first else -3).expand(*output.shape, -1) for n in (u, c)
+        )
+    live, held = torch.broadcast_tensors(live, held)
+    with torch.enable_grad():
+        leaf = held.detach().requires_grad_()
+        gap = live.detach() - leaf
+        dims = None if name == "aten.dist.default" else -1
+        length = torch.linalg.vector_norm(gap, values.get("p", 2.0), dims)
+        (g,) = torch.autograd.grad(length.sum(), leaf)
+    product = g * held
+    return product.sum() if dims is None else product.sum(dims)
 
 
 def _runtime(

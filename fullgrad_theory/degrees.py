@@ -8,6 +8,7 @@ blame falls on the node that breaks completeness and not on those that follow it
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -96,6 +97,9 @@ def liveness(graph: ComputationGraph) -> Liveness:
                     state = (State.LIVE,)
                 else:
                     call = _call(found, node, states)
+                    if not call.moving:
+                        states[node.name] = state
+                        continue
                     refused = found.refuses(call.arguments) if found.refuses else None
                     if refused:
                         raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
@@ -125,10 +129,13 @@ def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:
 def _call(op: Operator, node: fx.Node, states: Mapping[str, tuple[State, ...]]) -> Call:
     arguments = bind(node)
     every = tuple(operands(arguments))
+    lends = re.findall(r"(\w+)\^0", op.signature) if op.algebra is Algebra.STRUCTURAL else []
     moving = frozenset(
         o.name
         for o in every
-        if o.node is not None and _most(states[o.node.name]) is not State.CONSTANT
+        if o.node is not None
+        and o.name not in lends  # its shape or dtype only: no value of it moves on
+        and _most(states[o.node.name]) is not State.CONSTANT
     )
     return Call(op, every, arguments, moving)
 

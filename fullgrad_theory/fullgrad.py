@@ -67,8 +67,13 @@ def finite_products(g: Tensor, value: Tensor) -> Tensor:
 
 
 def inner(g: Tensor, value: Tensor) -> float:
-    """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above."""
+    """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above.
+
+    Of complex numbers the real part: their cotangents are conjugate, as autograd has them.
+    """
     g, value = g.detach(), value.detach()
+    if g.is_complex() or value.is_complex():
+        return float((g.conj() * value).real.sum())
     if g.shape == value.shape:
         total = torch.dot(g.reshape(-1), value.reshape(-1).to(g))
     else:

@@ -66,7 +66,7 @@ class NodeByNode(fx.Interpreter):
         leaves: list[tuple[str, Tensor]] = []
 
         def leaf(name: str, value: Any) -> Any:
-            if not is_float_tensor(value):
+            if not _carries(value):
                 return value
             fresh = value.detach().requires_grad_()
             leaves.append((name, fresh))
@@ -82,7 +82,7 @@ class NodeByNode(fx.Interpreter):
         kept = [
             (o, self.noise.like(o), f.degree / factor)
             for o, f in zip(outputs, facts, strict=True)
-            if f.state is State.LIVE and is_float_tensor(o)
+            if f.state is State.LIVE and _carries(o)
         ]
         detached = pytree.tree_map_only(Tensor, Tensor.detach, value)
         left = 0.0
@@ -246,6 +246,8 @@ class Noise:
 
     def like(self, value: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `value`."""
+        if value.is_complex():
+            return torch.complex(self.like(value.real), self.like(value.imag))
         count, half = value.numel(), self.draw.numel() // 2
         start = int(torch.randint(half, (), generator=self.generator))
         long = self.draw if count <= half else self.draw.repeat(count // half + 1)
@@ -324,6 +326,11 @@ def gap(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """How far two lists of gradients are apart, relative to the second."""
     size = sum(float(g.norm()) for g in theirs) or 1.0
     return sum(float((a - b).norm()) for a, b in zip(ours, theirs, strict=True)) / size
+
+
+def _carries(value: Any) -> bool:
+    """Whether a value can carry gradient: complex numbers do."""
+    return is_float_tensor(value) or (isinstance(value, Tensor) and value.is_complex())
 
 
 def is_float_tensor(value: Any) -> bool:

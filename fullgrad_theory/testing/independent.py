@@ -247,9 +247,9 @@ class Tracker:
         values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
-        if found.degree is not None:
-            return found
-        if not self._of_degree_one(node):
+        held = found.degree is not None and found.degree != 0.0
+        # a value that moves nowhere is a bound that holds everywhere, or of degree 0
+        if held or not self.edges[node] or not self._of_degree_one(node):
             return found
         candidates = self._added(node, bounds, item)
         for size in range(1, len(candidates) + 1):

@@ -25,7 +25,7 @@ from ..balance import Balanced, balance, rewrite
 from ..check import check_completeness
 from ..degrees import Degrees, degrees
 from ..derive import derive_rules
-from ..errors import NonFiniteError, NoPlanError, UnregisteredOperationError
+from ..errors import NonFiniteError, NoPlanError, TraceError, UnregisteredOperationError
 from ..plan import Plan
 from ..report import Report, Verdict
 from ..rules import Edit, FreezeScale, Prune, Scale, Secant
@@ -68,11 +68,12 @@ def check_properties(architecture: Architecture, thorough: bool = True) -> Outco
     """
     try:
         return _check(architecture, thorough)
-    except (PropertyError, Unjudged, NonFiniteError, UnregisteredOperationError) as error:
-        if isinstance(error, PropertyError):
-            raise
-        kind = "refused" if isinstance(error, UnregisteredOperationError) else "unjudged"
-        return Outcome(kind, reason=f"{type(error).__name__}: {error}")
+    except PropertyError:
+        raise
+    except (Unjudged, NonFiniteError) as error:
+        return Outcome("unjudged", reason=f"{type(error).__name__}: {error}")
+    except (TraceError, UnregisteredOperationError) as error:
+        return Outcome("refused", reason=f"{type(error).__name__}: {error}")
     except Exception as error:
         raise PropertyError("no crash", f"{type(error).__name__}: {error}") from error
 
@@ -347,7 +348,7 @@ def _edited_value(
     lead = len(flat) - len(own)
 
     def run(argument: Any, leaf: Tensor) -> Any:
-        if argument.name in graph.nodes:
+        if argument.name in graph.nodes or "edit" in argument.meta:
             return leaf
         inner = run(argument.args[0], leaf)
         return argument.target(inner, *argument.args[1:])
@@ -426,7 +427,7 @@ def _every_cut(
     values = tracker.values[0]
     nodes = list(balanced.fx.graph.nodes)
     ends = [n for n in pytree.tree_leaves(balanced.fx.graph.output_node().args) if n in values]
-    ends = [n for n in dict.fromkeys(ends) if is_real(values[n])]
+    ends = [n for n in dict.fromkeys(ends) if is_real(values[n]) and tracker.live[n][0]]
     generator = torch.Generator().manual_seed(1)
     cotangents: dict[tuple[fx.Node, int], Tensor] = {}
     noise = [torch.randn(values[n].shape, generator=generator, dtype=torch.float64) for n in ends]
@@ -527,9 +528,9 @@ def _real_backward(
 ) -> None:
     """The cotangents that the sweep leaves at the inputs are the gradient of the whole module."""
     leaves = [x.detach().clone().requires_grad_() if is_real(x) else x for x in inputs]
-    outputs = list(dict.fromkeys(_floats(balanced(*leaves))))
+    outputs = [o for o in _floats(balanced(*leaves)) if o.requires_grad]
     given = [x for x in leaves if is_real(x)]
-    kept = [(o, c) for o, c in zip(outputs, noise, strict=True) if o.requires_grad]
+    kept = list(zip(outputs, noise, strict=True))
     if not kept:
         return
     grads = torch.autograd.grad(

@@ -37,6 +37,7 @@ NOT_DRAWN = {
     "aten.sym_numel.default": "a size is a number in a graph of fixed shapes",
     "aten.sym_stride.int": "a stride is a number in a graph of fixed shapes",
     "aten.item.default": "export writes it as aten._local_scalar_dense",
+    "aten.copy.default": "torch has no derivative of it",
     "aten.equal.default": "its result is a Python bool, which export refuses to branch on",
     **dict.fromkeys(
         "add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_".split(),
@@ -330,6 +331,9 @@ class _Builder:
             value = overload(target)(*given, **named)
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
             raise _Refused(str(error)) from error
+        for made in _outputs_of(value):
+            if made.grad_fn is not None and made.grad_fn.name() == "NotImplemented":
+                raise _Refused("torch has no derivative of it")
         _sane(value, lookup(target))
         self.statements.append(statement)
         self.values.append(value)
@@ -398,6 +402,8 @@ class _Builder:
         if kind == "complex":
             return self.emit("aten.view_as_complex.default", self.fit(value, (*shape, 2)))
         count, given = math.prod(shape), self.tensor(value).numel()
+        if not count or not given:
+            raise _Refused("empty")
         if tuple(self.tensor(value).shape) == shape and not (count < given):
             fitted = value
         elif count == given and self.draw(0, 3) < 3:
@@ -429,6 +435,8 @@ class _Builder:
         drawn = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _Draw)]
         fluid = [i for i in drawn if leaves[i].kind != "mask" and i not in held]
         direct = self.draw(0, 1) == 0
+        entry = lookup(name)
+        still = entry is not None and entry.algebra is Algebra.FREEZING
         first = fluid[self.draw(0, len(fluid) - 1)] if fluid else None
         filled: list[Any] = []
         for i, leaf in enumerate(leaves):
@@ -440,6 +448,8 @@ class _Builder:
                 filled.append(leaf)
             elif i == first:
                 source = self.some()
+                if still and self.draw(0, 1) == 0:
+                    source = self.emit("aten.detach.default", source)
                 as_it_is = direct and leaf.kind == "real"
                 filled.append(source if as_it_is else self.fit(source, leaf.shape, leaf.kind))
             elif i in held or self.draw(0, 2) < 2:
@@ -472,8 +482,9 @@ class _Builder:
         if torch.Tag.dynamic_output_shape in getattr(overload(name), "tags", ()):
             made = self.emit("aten.sum.default", made)
             value = self.values[made.index]
-        if "empty" in name:
-            made = self.emit("aten.copy.default", made, self.fit(Value(self.current), value.shape))
+        if "empty" in name:  # it holds what memory held, and lends its shape alone
+            flat = self.fit(Value(self.current), (value.numel(),))
+            made = self.emit("aten.view_as.default", flat, made)
             value = self.values[made.index]
         if value.is_complex():
             how = self.draw(0, 3)
@@ -647,7 +658,7 @@ class _Builder:
         before = self.size()
         try:
             made = patterns[kind if kind < len(patterns) else 0]()
-            if not self.is_live(self.tensor(made)) or not self.tensor(made).numel():
+            if not self.is_live(self.tensor(made)):
                 raise _Refused("no live value")
             self.current = made.index
         except _Refused:
@@ -677,16 +688,20 @@ def _lists(tree: Any) -> Any:
     return [_lists(e) for e in tree] if isinstance(tree, (list, tuple)) else tree
 
 
+def _outputs_of(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
 def _sane(value: Any, found: Any) -> None:
     for tensor in pytree.tree_leaves(value):
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         size = tensor.detach().abs()
-        masked = found is not None and found.name.startswith(("aten.masked_fill", "aten.empty"))
-        if not masked and "empty" not in (found.name if found else "") and not bool(
-            (size <= LARGEST).all()
-        ):
+        masked = found is not None and ("masked_fill" in found.name or "empty" in found.name)
+        if not masked and not bool((size <= LARGEST).all()):
             raise _Refused("a value is not finite, or too large")
+        if tensor.requires_grad and not bool(size.any()):
+            raise _Refused("a live value is zero: any degree fits it")
 
 
 @cache
