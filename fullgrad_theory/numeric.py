@@ -102,7 +102,8 @@ class NodeByNode(fx.Interpreter):
             added = bias_map(
                 self.traced.nodes[n.name], call, original_args(n, args), kwargs, outputs[0].detach()
             )
-            left += inner(kept[0][1], added)
+            parts = added if isinstance(added, (tuple, list)) else [added]
+            left += sum(inner(c, part) for (_, c, _), part in zip(kept, parts, strict=False))
         right, magnitude = 0.0, 0.0
         for o, c, degree in kept:
             right += float(degree) * inner(c, o)
@@ -249,7 +250,8 @@ class Noise:
         if value.is_complex():
             return torch.complex(self.like(value.real), self.like(value.imag))
         count, half = value.numel(), self.draw.numel() // 2
-        start = int(torch.randint(half, (), generator=self.generator))
+        # at an even place: two numbers in a row may be viewed as a complex one
+        start = 2 * int(torch.randint(half // 2, (), generator=self.generator))
         long = self.draw if count <= half else self.draw.repeat(count // half + 1)
         return long[start : start + count].to(value).reshape(value.shape)
 

@@ -56,6 +56,8 @@ class Evaluation:
     unread: list[str] = field(default_factory=list)
     outputs: list[float | None] = field(default_factory=list)
     zero: bool = False
+    flat: bool = False
+    """an alive value does not move with the input at any of the points"""
 
     @property
     def complete(self) -> bool:
@@ -134,6 +136,8 @@ class Tracker:
         self.edges: dict[fx.Node, set[fx.Node]] = {}
         self.live: dict[fx.Node, tuple[bool, ...]] = {}
         self.locals: dict[fx.Node, tuple[Local, ...]] = {}
+        self.saturated: set[str] = set()
+        """nodes whose value is a constant's at every point"""
         self.given = [iter(point) for point in points]
         self.count = len(points)
 
@@ -247,7 +251,7 @@ class Tracker:
         values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
-        held = found.degree is not None and found.degree != 0.0
+        held = found.degree is not None and abs(found.degree) > TOLERANCE
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
         if held or not self.edges[node] or not self._of_degree_one(node):
             return found
@@ -260,6 +264,8 @@ class Tracker:
                 total = [t + a for t, a in zip(tangents, added, strict=True)]
                 error = distance(total, values, 1.0)
                 if error < TOLERANCE:
+                    if found.degree is not None:
+                        self.saturated.add(node.name)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
         return found
 
@@ -472,6 +478,7 @@ def evaluate(
         queue += new
         seen |= set(new)
     result.alive = {n.name for n in seen}
+    result.flat = bool(result.alive & tracker.saturated)
     result.wrong = [
         n.name
         for n in module.graph.nodes

@@ -176,6 +176,8 @@ def _same_verdict(report: Report, found: Evaluation, which: str) -> tuple[str, .
     ours, theirs = _complete(report), found.complete
     if ours == theirs:
         return ()
+    if found.flat:
+        raise Unjudged("a value is a constant's at all of the points: any degree fits it")
     objections = [n for n in report.nodes if n.verdict not in SOUND]
     if ours:
         raise PropertyError(
@@ -291,8 +293,13 @@ def _honest_node(
         if p.label in pruned:
             plain[p.index] = plain[p.index].detach()
     surrogate = _surrogate(edits, bound, plain)
-    outputs = [(a, b) for a, b in zip(_floats(edited), _floats(surrogate), strict=True)]
-    pairs = [(a, b) for a, b in outputs if a.requires_grad or b.requires_grad]
+    outputs, wanted_outputs = _floats(edited), _floats(surrogate)
+    frozen = outputs[len(wanted_outputs) :]  # the mean and 1/sigma that a norm also returns
+    _require(
+        not any(o.requires_grad for o in frozen), "honest edits", f"{name} leaks through statistics"
+    )
+    pairs = list(zip(outputs, wanted_outputs, strict=False))
+    pairs = [(a, b) for a, b in pairs if a.requires_grad or b.requires_grad]
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(a.shape, generator=generator, dtype=torch.float64) for a, _ in pairs]
     ours = _gradients([a for a, _ in pairs], list(fresh.values()), noise)
