@@ -36,13 +36,27 @@ _LINEAR_PIECES = {
 _DISTANCES = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
+_SPREAD = {
+    "aten.meshgrid.default",
+    "aten.meshgrid.indexing",
+    "aten.broadcast_tensors.default",
+}
+"""each tensor of theirs is an output of its own, and so is each constant's map"""
+
+
 def bias_maps(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
 ) -> list[Tensor]:
     """J_b b of every output that has bias leaves, the first ones; see `bias_map`."""
-    if call.operator.algebra in (Algebra.SMOOTH, Algebra.ATTENTION):
+    if every_output(call):
         return origins(node, call, args, kwargs)
     return [bias_map(node, call, args, kwargs, outputs[0])]
+
+
+def every_output(call: Call) -> bool:
+    """Whether each output has bias leaves of its own, and not the first one alone."""
+    integrated = call.operator.algebra in (Algebra.SMOOTH, Algebra.ATTENTION)
+    return integrated or call.operator.name in _SPREAD
 
 
 def origins(
@@ -88,9 +102,7 @@ def bias_map(
         alone = bias_operands(call) == ("bias",)
         if alone and name in _BROADCAST_LAST:
             return values["bias"]
-        if (
-            alone and name in _BROADCAST_CHANNEL
-        ):  # an image without a batch dimension has channels first
+        if alone and name in _BROADCAST_CHANNEL:  # without a batch dimension they come first
             return values["bias"].reshape(-1, *[1] * (values["weight"].dim() - 2))
         if alone and name in _CHANNEL_SECOND:
             return values["bias"].reshape(-1, *[1] * (output.dim() - 2))

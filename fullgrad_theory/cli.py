@@ -349,3 +349,30 @@ def operators() -> None:
         cells = (entry.name, str(entry.algebra), entry.signature, ", ".join(entry.edits))
         table.add_row(*map(Text, cells))
     _print(table, lemmas)
+
+
+def _folder(path: Path | None) -> Path | None:
+    if path is not None and path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a file; name a folder")
+    return path
+
+
+@app.command()
+def fuzz(
+    examples: Annotated[int, typer.Option(min=1, help="How many architectures.")] = 200,
+    jobs: Annotated[int, typer.Option(min=1, help="How many processes.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same ones.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=_folder, help="Keep state, failures and a summary there; resumes."),
+    ] = None,
+) -> None:
+    """Check this library on random architectures; exit code 0 where every property holds."""
+    from .testing.campaign import Campaign, summary  # hypothesis is needed here alone
+
+    campaign = Campaign(examples, jobs, seed, out)
+    with _judging(), progress("fuzzing", after=0.0) as tick:
+        campaign.run(tick)
+        campaign.write_summary()
+    _print(Text(summary(campaign)))
+    raise typer.Exit(1 if campaign.tally.failures else 0)

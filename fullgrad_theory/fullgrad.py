@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from . import backward, quadrature
 from .balance import Balanced, balance
-from .bias import bias_maps, leaf_names
+from .bias import bias_maps, every_output, leaf_names
 from .degrees import Degrees, degrees
 from .errors import InputError
 from .trace import ComputationGraph, Inputs, Model, split_inputs, tensor_value
@@ -43,20 +43,22 @@ class Run(fx.Interpreter):
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self._watch(n, original_args(n, args), kwargs, value)
+            value = self._watch(n, original_args(n, args), kwargs, value)
         return value
 
-    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
         outputs = list(value) if isinstance(value, (tuple, list)) else [value]
-        if not any(output.requires_grad for output in outputs):
-            return
         call = self.labels.live.calls[n.name]
         known = [output.detach() for output in outputs]
         maps = bias_maps(self.original[n.name], call, args, kwargs, known)
+        if len(maps) > 1:  # an output that is a constant's alone has a cotangent too
+            outputs = [o if o.requires_grad else o.detach().requires_grad_() for o in outputs]
+            value = outputs
         for index, (output, added) in enumerate(zip(outputs, maps, strict=False)):
             if output.requires_grad:
                 key = n.name if len(maps) == 1 else f"{n.name}[{index}]"
                 output.register_hook(partial(self._on_gradient, key, added))
+        return value
 
     def _on_gradient(self, key: str, added: Tensor, g: Tensor | None) -> None:
         if g is not None:  # of an output that nobody reads
@@ -65,7 +67,7 @@ class Run(fx.Interpreter):
 
 def original_args(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A rewritten node's arguments as the ATen operation takes them."""
-    lead = {backward.secant: 1, quadrature.integrate: 3}
+    lead: dict[Any, int] = {backward.secant: 1, quadrature.integrate: 3}
     return args[lead.get(node.target, 0) :]
 
 
@@ -79,7 +81,10 @@ def finite_products(g: Tensor, value: Tensor) -> Tensor:
 
 
 def inner(g: Tensor, value: Tensor) -> float:
-    """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above."""
+    """<g, value> over all elements, `value` broadcast to the shape of g; infinities as above.
+
+    Of complex numbers the real part: their cotangents are conjugate, as autograd has them.
+    """
     g, value = g.detach(), value.detach()
     if g.shape == value.shape and not (g.is_complex() or value.is_complex()):
         total = torch.dot(g.reshape(-1), value.reshape(-1).to(g))
@@ -152,13 +157,14 @@ def _join(parts: Sequence[FullGrad]) -> FullGrad:
 
 def _leaf_places(graph: ComputationGraph, labels: Degrees) -> dict[str, tuple[str, int]]:
     """Where bias leaves enter, as `Run.on_bias` calls it: the node, and which of its outputs."""
-    places = {}
+    places: dict[str, tuple[str, int]] = {}
     for name in labels.biases:
         value = graph.nodes[name].meta.get("val")
-        several = name in labels.rays and isinstance(value, (tuple, list)) and len(value) > 1
-        places |= (
-            {f"{name}[{i}]": (name, i) for i in range(len(value))} if several else {name: (name, 0)}
-        )
+        outputs = len(value) if isinstance(value, (tuple, list)) else 1
+        if outputs > 1 and every_output(labels.live.calls[name]):
+            places |= {f"{name}[{i}]": (name, i) for i in range(outputs)}
+        else:
+            places[name] = (name, 0)
     return places
 
 
@@ -183,6 +189,7 @@ def _split(
     batch_dims: Mapping[str, int | None],
 ) -> FullGrad:
     maps: dict[str, Tensor] = {}
+
     run = Run(module, graph, labels, lambda name, g, b: maps.update({name: finite_products(g, b)}))
     with torch.enable_grad():
         flat = pytree.tree_leaves(

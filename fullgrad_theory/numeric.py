@@ -9,6 +9,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -279,20 +280,26 @@ def rounding(graph: ComputationGraph) -> float:
     return max((torch.finfo(d).eps for d in named), default=0.0)
 
 
+@lru_cache(1)
+def _long_draw(seed: int) -> Tensor:
+    draw = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.cat([draw, draw])
+
+
 class Noise:
     """Random cotangents cut from one long draw at random places: a fresh draw a node is slow."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        draw = torch.randn(1 << 20, generator=self.generator, dtype=torch.float64)
-        self.draw = torch.cat([draw, draw])
+        self.draw = _long_draw(seed)
 
     def like(self, value: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `value`."""
         if value.is_complex():
             return torch.complex(self.like(value.real), self.like(value.imag))
         count, half = value.numel(), self.draw.numel() // 2
-        start = int(torch.randint(half, (), generator=self.generator))
+        # at an even place: two numbers in a row may be viewed as a complex one
+        start = 2 * int(torch.randint(half // 2, (), generator=self.generator))
         long = self.draw if count <= half else self.draw.repeat(count // half + 1)
         return long[start : start + count].to(value).reshape(value.shape)
 

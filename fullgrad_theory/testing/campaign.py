@@ -1,0 +1,496 @@
+"""Campaigns: many random architectures, their properties checked in several processes, resumable.
+
+An example is the number of its seed; numbers are worked off in chunks, and the folder of a campaign
+holds which chunks are done, what came of them, and every failure as a shrunk program.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError
+from ..operators import lookup
+from ..operators.base import parse_signature
+from ..operators.samples import overload
+from ..progress import Tick
+from .independent import is_real
+from .properties import PropertyError, check_properties
+from .strategies import (
+    Architecture,
+    Statement,
+    Value,
+    Weight,
+    _lists,
+    _positions,
+    _without_the_unread,
+    drawable,
+    from_data,
+    random_architecture,
+    to_data,
+    weight,
+)
+
+CHUNK = 20
+SPAN = 1_000_000
+"""seeds of two campaigns do not meet below this many examples"""
+AGAIN = 8
+"""one architecture in so many is traced a second time"""
+CONTEXTS = (
+    "chain",
+    "residual",
+    "fan-out",
+    "branch",
+    "gate",
+    "attention",
+    "recurrence",
+    "multi-output",
+    "degenerate size",
+    "bias position",
+    "coefficient position",
+    "frozen operand",
+)
+
+
+@dataclass
+class Tally:
+    """What came of some examples. `coverage` counts (operation, context)."""
+
+    examples: int = 0
+    seconds: float = 0.0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    edits: Counter[str] = field(default_factory=Counter)
+    unwitnessed: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    coverage: Counter[tuple[str, str]] = field(default_factory=Counter)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        self.examples += other.examples
+        self.seconds += other.seconds
+        for name in ("outcomes", "edits", "unwitnessed", "reasons", "coverage"):
+            getattr(self, name).update(getattr(other, name))
+        self.failures += other.failures
+
+    def to_data(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        table: dict[str, dict[str, int]] = {}
+        for (name, context), count in sorted(self.coverage.items()):
+            table.setdefault(name, {})[context] = count
+        return vars(self) | {"coverage": table}
+
+    @staticmethod
+    def from_data(data: dict[str, Any]) -> Tally:
+        counters = {k: Counter(data[k]) for k in ("outcomes", "edits", "unwitnessed", "reasons")}
+        coverage = Counter(
+            {(n, c): count for n, row in data["coverage"].items() for c, count in row.items()}
+        )
+        return Tally(
+            data["examples"], data["seconds"], **counters, coverage=coverage,
+            failures=data["failures"],
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- one example
+
+
+def run_values(architecture: Architecture) -> list[Any]:
+    """The value of every input and statement at the architecture's own example, with gradients."""
+    weights = [
+        torch.tensor(_lists(w.data), dtype=getattr(torch, w.kind.removeprefix("torch.")))
+        if w.data is not None
+        else weight(w.shape, w.kind, w.seed)
+        for w in architecture.weights
+    ]
+    values: list[Any] = [
+        x.requires_grad_() for x in architecture.example()[: len(architecture.inputs)]
+    ]
+
+    def runtime(leaf: Any) -> Any:
+        if isinstance(leaf, Value):
+            return values[leaf.index]
+        return weights[leaf.index] if isinstance(leaf, Weight) else leaf
+
+    with torch.enable_grad():
+        for s in architecture.statements:
+            args, kwargs = pytree.tree_map(runtime, (_lists(s.args), dict(s.kwargs)))
+            values.append(overload(s.target)(*args, **{k: _lists(v) for k, v in kwargs.items()}))
+    return values
+
+
+def contexts(architecture: Architecture) -> Iterator[tuple[str, str]]:
+    """Every (operation, context) that the architecture exercises."""
+    values = run_values(architecture)
+    count = len(architecture.inputs)
+    readers: dict[int, list[int]] = {}
+    for place, s in enumerate(architecture.statements):
+        for read in s.reads:
+            readers.setdefault(read, []).append(place)
+    live = {i for i, v in enumerate(values) if _is_live(v)}
+    moving = set(range(count))
+    ancestors: list[set[int]] = [{i} for i in range(count)]
+    for place, s in enumerate(architecture.statements):
+        ancestors.append({place + count}.union(*(ancestors[r] for r in s.reads)))
+        if any(r in moving for r in s.reads):
+            moving.add(place + count)
+    shared = Counter(w for s in architecture.statements for w in set(s.weights))
+    for place, s in enumerate(architecture.statements):
+        if s.target == "getitem" or not any(r in moving for r in s.reads):
+            if s.target != "getitem":
+                yield s.target, "coefficient position"
+            continue
+        own = place + count
+        found = set()
+        users = readers.get(own, [])
+        if len(users) > 1:
+            found.add("fan-out")
+        if any(len(readers[r]) > 1 for r in s.reads):
+            found.add("branch")
+        for user in users:
+            other = architecture.statements[user]
+            rest = [r for r in other.reads if r != own and r in live]
+            if other.target.startswith("aten.add.") and any(r in ancestors[own] for r in rest):
+                found.add("residual")
+            if other.target.startswith("aten.mul.") and rest:
+                found.add("gate")
+            if "attention" in other.target or ("matmul" in other.target and rest):
+                found.add("attention")
+        if any(shared[w] > 1 for w in s.weights) or any(
+            word in s.target for word in ("lstm", "gru", "rnn")
+        ):
+            found.add("recurrence")
+        if isinstance(values[own], (tuple, list)):
+            found.add("multi-output")
+        shapes = [values[r].shape for r in s.reads if isinstance(values[r], torch.Tensor)]
+        if any(1 in shape or not shape for shape in shapes):
+            found.add("degenerate size")
+        if any(r in moving and r not in live for r in s.reads):
+            found.add("frozen operand")
+        found |= _positions_of_constants(s, moving)
+        yield from ((s.target, context) for context in found or {"chain"})
+
+
+def _is_live(value: Any) -> bool:
+    return any(is_real(t) and t.requires_grad for t in pytree.tree_leaves(value))
+
+
+def _positions_of_constants(statement: Statement, moving: set[int]) -> set[str]:
+    """Whether a constant operand stands in a monomial of its own, or beside a moving factor."""
+    entry = lookup(statement.target)
+    given = [*zip(_positions(statement.target), statement.args, strict=False), *statement.kwargs]
+    constant: dict[str, bool] = {}
+    found = set()
+    for name, value in given:
+        leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, (Value, Weight, float))]
+        flags = [not (isinstance(x, Value) and x.index in moving) for x in leaves]
+        if leaves:
+            constant[name] = all(flags)
+            if any(flags) and not all(flags):
+                found.add("bias position")
+    for output in parse_signature(entry.signature) if entry else ():
+        for term in output:
+            names = [n for n in constant if n in term.replace("*", " ").replace("/", " ").split()]
+            if names and all(constant[n] for n in names):
+                found.add("bias position")
+            elif any(constant[n] for n in names):
+                found.add("coefficient position")
+    return found
+
+
+def run_example(seed: int, check: Callable[..., Any] = check_properties) -> Tally:
+    """Draw and check the architecture of one seed."""
+    tally = Tally(1)
+    architecture = random_architecture(seed)
+    if architecture is None:
+        tally.outcomes["nothing drawn"] += 1
+        return tally
+    tally.coverage.update(contexts(architecture))
+    try:
+        outcome = check(architecture, seed % AGAIN == 0)
+    except PropertyError as error:
+        tally.outcomes["failed"] += 1
+        small = shrink(architecture, partial(_fails_alike, check, error.property))
+        try:
+            check(small, True)
+            message = str(error)
+        except PropertyError as again:
+            message = str(again)
+        tally.failures.append(
+            {
+                "seed": seed,
+                "property": error.property,
+                "message": message,
+                "program": to_data(small),
+                "source": small.source().splitlines(),
+            }
+        )
+        return tally
+    tally.outcomes[outcome.kind] += 1
+    tally.edits.update(outcome.edits)
+    tally.unwitnessed.update(outcome.unwitnessed)
+    if outcome.kind in ("refused", "unjudged"):
+        tally.reasons[outcome.reason[:100]] += 1
+    return tally
+
+
+def _fails_alike(check: Callable[..., Any], name: str, architecture: Architecture) -> bool:
+    try:
+        check(architecture, True)
+    except PropertyError as error:
+        return error.property == name
+    return False
+
+
+def shrink(
+    architecture: Architecture, fails: Callable[[Architecture], bool], seconds: float = 20.0
+) -> Architecture:
+    """A smaller program that fails as well: an earlier output, statements bypassed."""
+    end = monotonic() + seconds
+    smaller = True
+    while smaller and monotonic() < end:
+        smaller = False
+        for candidate in _smaller(architecture):
+            if monotonic() > end:
+                break
+            if _runs(candidate) and fails(candidate):
+                architecture, smaller = candidate, True
+                break
+    return architecture
+
+
+def _smaller(architecture: Architecture) -> Iterator[Architecture]:
+    """Programs of fewer statements, the boldest first."""
+    count = len(architecture.inputs)
+    size = len(architecture.statements)
+    ends = [(i,) for i in range(count, count + size)]
+    cut = [_without_the_unread(replace(architecture, outputs=end)) for end in ends]
+    bypassed = [
+        _without_the_unread(_bypass(architecture, place + count, read))
+        for place, s in reversed(list(enumerate(architecture.statements)))
+        for read in dict.fromkeys(s.reads)
+    ]
+    known = {architecture}
+    for candidate in (*cut, *bypassed):
+        if candidate and candidate not in known and len(candidate.statements) < size:
+            known.add(candidate)
+            yield candidate
+
+
+def _bypass(architecture: Architecture, value: int, instead: int) -> Architecture:
+    """The program with one value replaced by one that its statement reads."""
+
+    def swap(leaf: Any) -> Any:
+        return Value(instead) if leaf == Value(value) else leaf
+
+    statements = tuple(
+        Statement(
+            s.target,
+            pytree.tree_map(swap, s.args),
+            tuple((k, pytree.tree_map(swap, v)) for k, v in s.kwargs),
+        )
+        for s in architecture.statements
+    )
+    outputs = tuple(instead if o == value else o for o in architecture.outputs)
+    return replace(architecture, statements=statements, outputs=tuple(dict.fromkeys(outputs)))
+
+
+def _runs(architecture: Architecture) -> bool:
+    """Whether torch runs the program and its outputs are live floating-point tensors."""
+    try:
+        values = run_values(architecture)
+    except Exception:  # noqa: BLE001  a statement bypassed may leave anything behind
+        return False
+    outputs = [values[o] for o in architecture.outputs]
+    return all(is_real(v) and v.requires_grad and not v.is_complex() for v in outputs)
+
+
+# --------------------------------------------------------------------------- many
+
+
+def run_chunk(first: int, count: int) -> Tally:
+    """The examples of some consecutive seeds, in this process, on one thread."""
+    torch.set_num_threads(1)
+    total = Tally()
+    start = monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(first, first + count):
+            total.add(run_example(seed))
+    total.seconds = monotonic() - start
+    return total
+
+
+@dataclass
+class Campaign:
+    """`examples` random architectures from `seed` on, in `jobs` processes.
+
+    With a folder `out` its state is kept there after every chunk and taken up again; failures are
+    written to `failures/`. Raises `InputError` where the folder holds another seed's campaign.
+    """
+
+    examples: int
+    jobs: int = 1
+    seed: int = 0
+    out: Path | None = None
+    tally: Tally = field(default_factory=Tally)
+    done: set[int] = field(default_factory=set)
+    wall: float = 0.0
+
+    def run(self, tick: Tick) -> Tally:
+        """Work off what is not done; returns the tally of all that is."""
+        self._load()
+        whole = self.examples // CHUNK
+        chunks = [(i, CHUNK) for i in range(whole) if i not in self.done]
+        if self.examples % CHUNK and whole not in self.done:
+            chunks.append((whole, self.examples % CHUNK))
+        start = monotonic()
+        tick("architectures", self.tally.examples, self.examples)
+        for index, count, found in self._results(chunks):
+            self.tally.add(found)
+            if count == CHUNK:
+                self.done.add(index)
+            self.wall += monotonic() - start
+            start = monotonic()
+            self._save(found, whole=count == CHUNK)
+            tick("architectures", self.tally.examples, self.examples)
+        return self.tally
+
+    def _results(self, chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Tally]]:
+        first = self.seed * SPAN
+        if self.jobs == 1:
+            for index, count in chunks:
+                yield index, count, run_chunk(first + index * CHUNK, count)
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.jobs, mp_context=context) as pool:
+            running: dict[Future[Tally], tuple[int, int]] = {
+                pool.submit(run_chunk, first + i * CHUNK, n): (i, n) for i, n in chunks
+            }
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield *running.pop(future), future.result()
+
+    # ------------------------------------------------------------------ the folder
+
+    @property
+    def _state(self) -> Path | None:
+        return self.out / "state.json" if self.out else None
+
+    def _load(self) -> None:
+        path = self._state
+        if path is None or not path.exists():
+            return
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["seed"] != self.seed:
+            raise InputError(
+                f"{path.parent} holds the campaign of seed {data['seed']}, not {self.seed}; name "
+                "another folder, or that seed to go on with it"
+            )
+        self.done, self.wall = set(data["done"]), data["wall"]
+        self.tally = Tally.from_data(data["tally"])
+
+    def _save(self, found: Tally, whole: bool) -> None:
+        path = self._state
+        if path is None or self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        for failure in found.failures:
+            save_failure(self.out / "failures", failure)
+        if whole:  # the rest of a campaign is done anew where it is taken up with more examples
+            state = {"seed": self.seed, "done": sorted(self.done), "wall": self.wall}
+            text = json.dumps(state | {"tally": self.tally.to_data()})
+            part = path.with_suffix(".part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+
+    def write_summary(self) -> None:
+        """`summary.json` and `summary.md` in the campaign's folder."""
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        data = self.tally.to_data()
+        failures = [{k: f[k] for k in ("seed", "property", "message")} for f in data["failures"]]
+        data |= {"seed": self.seed, "wall": self.wall, "failures": failures}
+        (self.out / "summary.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (self.out / "summary.md").write_text(summary(self) + "\n", encoding="utf-8")
+
+
+def save_failure(folder: Path, failure: dict[str, Any]) -> Path:
+    """Write a failure where the tests replay it; one file a program."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{failure['property'].replace(' ', '-')}-{failure['seed']}.json"
+    path = folder / name
+    path.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def load_failure(path: Path) -> tuple[Architecture, dict[str, Any]]:
+    """The program of a failure, and all that was written with it."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return from_data(data["program"]), data
+
+
+# --------------------------------------------------------------------------- what is said
+
+
+def coverage_lines(tally: Tally) -> tuple[list[str], list[str]]:
+    """Per context how many operations were met in it; and the operations never met."""
+    met = {name for name, _ in tally.coverage}
+    names = drawable()
+    lines = [
+        f"| {context} | {len({n for n, c in tally.coverage if c == context})} "
+        f"| {sum(k for (_, c), k in tally.coverage.items() if c == context)} |"
+        for context in CONTEXTS
+    ]
+    return lines, [n for n in names if n not in met and n != "getitem"]
+
+
+def summary(campaign: Campaign) -> str:
+    """A campaign as Markdown: outcomes, edits, coverage, failures."""
+    tally = campaign.tally
+    speed = tally.examples / campaign.wall if campaign.wall else 0.0
+    lines = [
+        f"# {tally.examples} random architectures, seed {campaign.seed}",
+        "",
+        f"{speed:.1f} a second in {campaign.jobs} process(es).",
+        "",
+        "| outcome | architectures |",
+        "|---|---:|",
+        *(f"| {k} | {n} |" for k, n in tally.outcomes.most_common()),
+        "",
+        "Edits: " + (", ".join(f"{n} {k}" for k, n in tally.edits.most_common()) or "none") + ".",
+    ]
+    if tally.unwitnessed:
+        text = ", ".join(f"{k} ({n})" for k, n in tally.unwitnessed.most_common())
+        lines += ["", f"Objected to without a witness: {text}."]
+    if tally.reasons:
+        lines += ["", "Refused or unjudged:", ""]
+        lines += [f"- {n} x {reason}" for reason, n in tally.reasons.most_common(12)]
+    rows, missing = coverage_lines(tally)
+    total = len(drawable())
+    lines += [
+        "",
+        f"Operations met: {total - len(missing)} of {total}.",
+        "",
+        "| context | operations | calls |",
+        "|---|---:|---:|",
+        *rows,
+    ]
+    if missing:
+        lines += ["", "Never met: " + ", ".join(missing) + "."]
+    if tally.failures:
+        lines += ["", "Failures:", ""]
+        lines += [f"- seed {f['seed']}: {f['message'][:300]}" for f in tally.failures]
+    return "\n".join(lines)

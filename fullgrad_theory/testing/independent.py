@@ -1,0 +1,537 @@
+"""Whether a gradient is complete, found forwards and from nothing but the module that runs.
+
+Every value carries a tangent: the inputs their own value, constants nothing. A node's tangent is
+its real (edited) Jacobian times its operands', taken by a transposed vector-Jacobian product. Where
+that is no multiple of the node's value, one number for all elements and all points, and every
+operand that carries gradient has its own value for a tangent (degree 1), constants may be leaves:
+the fewest whose contributions, finite differences along their own rays, make the tangent the value.
+None may contribute through a frozen operand; a literal that reaches divisors alone is none.
+
+This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
+residual with the library; it shares the traced graph and the rewritten module, which are what is
+judged, and the definition of completeness.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+TOLERANCE = 1e-7
+STEP = 2.0**-12
+NUDGE = 1e-6
+_SHAPE_ONLY = ("_like", "new_", "sym_")
+
+
+class Unjudged(Exception):
+    """This evaluation cannot say: torch lacks a derivative, or the points are not finite."""
+
+
+@dataclass
+class Local:
+    """What was found at one value: its degree, None where it has none; the constants that are
+    leaves there, and what they add at each point."""
+
+    degree: float | None
+    error: float
+    leaves: tuple[str, ...] = ()
+    added: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Evaluation:
+    """`complete`; `nodes[name]` one `Local` an output; `alive` nodes carry a gradient to an output;
+    `wrong` are the alive ones without a degree; `unread` the inputs that no output depends on."""
+
+    nodes: dict[str, tuple[Local, ...]] = field(default_factory=dict)
+    alive: set[str] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    outputs: list[float | None] = field(default_factory=list)
+    zero: bool = False
+    flat: bool = False
+    """an alive value does not move with the input at any of the points"""
+
+    @property
+    def complete(self) -> bool:
+        right = all(d is not None and abs(d - 1.0) < TOLERANCE for d in self.outputs)
+        return right and not self.wrong and not self.unread
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a floating-point or complex tensor."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+@dataclass
+class Place:
+    """An argument position of a call that can be replaced: a tensor, or a number."""
+
+    label: str
+    value: Any
+    node: fx.Node | None
+    index: int
+
+
+class Bound:
+    """A call with its arguments at one point, so that any of them can be replaced."""
+
+    def __init__(self, node: fx.Node, fetch: Callable[[fx.Node], Any]) -> None:
+        self.target: Any = node.target
+        schema = getattr(node.target, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema else []
+        args, kwargs = list(node.args), dict(node.kwargs)
+        scalars: set[str] = set()
+        for i, argument in enumerate(schema.arguments if schema else ()):
+            if any(word in str(argument.type) for word in ("number", "float")):
+                scalars.add(argument.name)
+            given = i < len(args) or argument.name in kwargs
+            if not given and argument.has_default_value() and argument.name in scalars:
+                kwargs[argument.name] = argument.default_value
+        leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        labels = self._labels(args, kwargs, names)
+        self.leaves = [fetch(a) if isinstance(a, fx.Node) else a for a in leaves]
+        self.places = [
+            Place(label, value, leaf if isinstance(leaf, fx.Node) else None, i)
+            for i, (label, leaf, value) in enumerate(zip(labels, leaves, self.leaves, strict=True))
+        ]
+        self.scalars = scalars
+
+    def _labels(self, args: list[Any], kwargs: dict[str, Any], names: Sequence[str]) -> list[str]:
+        labels: list[str] = []
+        given = [(names[i] if i < len(names) else str(i), a) for i, a in enumerate(args)]
+        for name, value in [*given, *kwargs.items()]:
+            inside = pytree.tree_leaves(value)
+            several = isinstance(value, (list, tuple))
+            labels += [f"{name}[{i}]" if several else name for i in range(len(inside))]
+        return labels
+
+    def run(self, replaced: dict[int, Any]) -> Any:
+        leaves = [replaced.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return self.target(*args, **kwargs)
+
+
+class Tracker:
+    """Runs a module at several points at once, a value and a tangent for each."""
+
+    def __init__(
+        self, module: fx.GraphModule, points: Sequence[Sequence[Any]], divisors: frozenset[str]
+    ) -> None:
+        self.module, self.divisors = module, divisors
+        self.values: list[dict[fx.Node, Any]] = [{} for _ in points]
+        self.tangents: list[dict[fx.Node, Any]] = [{} for _ in points]
+        self.moving: set[fx.Node] = set()
+        self.edges: dict[fx.Node, set[fx.Node]] = {}
+        self.live: dict[fx.Node, tuple[bool, ...]] = {}
+        self.locals: dict[fx.Node, tuple[Local, ...]] = {}
+        self.saturated: set[str] = set()
+        """nodes whose value is a constant's at every point"""
+        self.given = [iter(point) for point in points]
+        self.count = len(points)
+
+    # ------------------------------------------------------------------ one node
+
+    def run(self) -> None:
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "get_attr":
+                self._constant(node, [_attribute(self.module, str(node.target))] * self.count)
+            elif node.op == "call_function":
+                self._call(node)
+
+    def _placeholder(self, node: fx.Node) -> None:
+        floats = []
+        for k in range(self.count):
+            value = next(self.given[k])
+            self.values[k][node] = value
+            floats.append(is_real(value))
+            self.tangents[k][node] = value if floats[-1] else None
+        if all(floats):
+            self.moving.add(node)
+            self.live[node] = (True,)
+            self.locals[node] = (Local(1.0, 0.0),)
+        else:
+            self.live[node] = (False,)
+
+    def _constant(self, node: fx.Node, values: Sequence[Any]) -> None:
+        for k, value in enumerate(values):
+            self.values[k][node] = value
+            self.tangents[k][node] = pytree.tree_map_only(Tensor, torch.zeros_like, value)
+        self.live[node] = (False,) * len(_outputs(values[0]))
+
+    def _call(self, node: fx.Node) -> None:
+        moving = any(n in self.moving for n in node.all_input_nodes)
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.target is operator.getitem and isinstance(
+            self.values[0][node.args[0]],
+            (tuple, list),  # type: ignore[index]
+        ):
+            self._item(node)
+            return
+        bounds = [Bound(node, self.values[k].__getitem__) for k in range(self.count)]
+        if not moving or any(word in name for word in _SHAPE_ONLY):
+            with torch.no_grad():
+                self._constant(node, [b.run({}) for b in bounds])
+            return
+        self.moving.add(node)
+        reached: set[fx.Node] = set()
+        live: list[tuple[bool, ...]] = []
+        for k, bound in enumerate(bounds):
+            with torch.enable_grad():
+                value, tangent, alive, edges = self._push(bound, k)
+            reached |= edges
+            live.append(alive)
+            self.values[k][node], self.tangents[k][node] = value, tangent
+        self.edges[node] = reached
+        self.live[node] = tuple(any(flags) for flags in zip(*live, strict=True))
+        self.locals[node] = tuple(
+            self._judge(node, bounds, item) if is_live else Local(0.0, 0.0)
+            for item, is_live in enumerate(self.live[node])
+        )
+        for item, found in enumerate(self.locals[node]):
+            if found.leaves:
+                for k in range(self.count):
+                    _add(self.tangents[k], node, item, found.added[k])
+
+    def _item(self, node: fx.Node) -> None:
+        source: Any = node.args[0]
+        index: Any = node.args[1]
+        for k in range(self.count):
+            self.values[k][node] = self.values[k][source][index]
+            self.tangents[k][node] = self.tangents[k][source][index]
+        self.live[node] = (self.live[source][index],)
+        if source in self.moving:
+            self.moving.add(node)
+            self.locals[node] = (self.locals[source][index],)
+        self.edges[node] = {source} if self.live[node][0] else set()
+
+    def _push(self, bound: Bound, k: int) -> tuple[Any, Any, tuple[bool, ...], set[fx.Node]]:
+        """A call's value, its Jacobian times its operands' tangents, which outputs carry gradient,
+        and from which operands."""
+        fresh: dict[int, Tensor] = {}
+        places = [
+            p
+            for p in bound.places
+            if p.node is not None and any(self.live[p.node]) and is_real(p.value)
+        ]
+        for place in places:
+            fresh[place.index] = place.value.detach().requires_grad_()
+        value = bound.run(dict(fresh))
+        outputs = _outputs(value)
+        alive = tuple(is_real(o) and o.requires_grad for o in outputs)
+        plain = pytree.tree_map_only(Tensor, Tensor.detach, value)
+        pushed = [torch.zeros_like(o) if is_real(o) else o for o in outputs]
+        edges: set[fx.Node] = set()
+        tangents = [self.tangents[k][p.node] for p in places]  # type: ignore[index]
+        leaves = [fresh[p.index] for p in places]
+        for i, output in enumerate(outputs):
+            if alive[i]:
+                pushed[i], reached = _transposed(output, leaves, tangents)
+                edges |= {p.node for p, r in zip(places, reached, strict=True) if r and p.node}
+        tangent = type(plain)(pushed) if isinstance(plain, (tuple, list)) else pushed[0]
+        return plain, tangent, alive, edges
+
+    # ------------------------------------------------------------------ one verdict
+
+    def _judge(self, node: fx.Node, bounds: list[Bound], item: int) -> Local:
+        values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
+        tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
+        found = multiple(tangents, values)
+        held = found.degree is not None and abs(found.degree) > TOLERANCE
+        # a value that moves nowhere is a bound that holds everywhere, or of degree 0
+        if held or not self.edges[node] or not self._of_degree_one(node):
+            return found
+        candidates = self._added(node, bounds, item)
+        for size in range(1, len(candidates) + 1):
+            for chosen in combinations(candidates, size):
+                added = tuple(
+                    torch.stack([c[1][k] for c in chosen]).sum(0) for k in range(self.count)
+                )
+                total = [t + a for t, a in zip(tangents, added, strict=True)]
+                error = distance(total, values, 1.0)
+                if error < TOLERANCE:
+                    if found.degree is not None:
+                        self.saturated.add(node.name)
+                    return Local(1.0, error, tuple(c[0] for c in chosen), added)
+        return found
+
+    def _of_degree_one(self, node: fx.Node) -> bool:
+        """Whether each operand that carries gradient has its own value for a tangent."""
+        for source in self.edges[node]:
+            for k in range(self.count):
+                for v, t in zip(
+                    _outputs(self.values[k][source]),
+                    _outputs(self.tangents[k][source]),
+                    strict=True,
+                ):
+                    if is_real(v) and distance([t], [v], 1.0) > TOLERANCE:
+                        return False
+        return True
+
+    def _added(
+        self, node: fx.Node, bounds: list[Bound], item: int
+    ) -> list[tuple[str, list[Tensor]]]:
+        """The constants that may be leaves, and what each contributes at every point: the same
+        when a frozen operand moves."""
+        found = []
+        moving = [
+            p.index
+            for p in bounds[0].places
+            if p.node in self.moving and p.node not in self.edges[node] and is_real(p.value)
+        ]
+        nudged = [
+            {i: b.leaves[i] * (1 + NUDGE * torch.cos(torch.arange(1, b.leaves[i].numel() + 1).to(
+                b.leaves[i].real.dtype)).reshape(b.leaves[i].shape)) for i in moving}
+            for b in bounds
+        ]  # fmt: skip
+        with torch.no_grad():
+            for place in self._constants(node, bounds[0]):
+                here = [_ray(b, place.index, item, {}) for b in bounds]
+                there = [_ray(b, place.index, item, n) for b, n in zip(bounds, nudged, strict=True)]
+                if any(x is None for x in (*here, *there)):
+                    continue
+                sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]  # type: ignore[union-attr]
+                same = all(
+                    float((x - y).abs().max()) <= 1e-9 * max(1.0, s)  # type: ignore[operator]
+                    for x, y, s in zip(here, there, sizes, strict=True)
+                )
+                if same and max(sizes) > 1e-12:
+                    found.append((place.label, here))
+            found += self._origin(node, bounds)
+        return found  # type: ignore[return-value]
+
+    def _constants(self, node: fx.Node, bound: Bound) -> Iterator[Place]:
+        for place in bound.places:
+            number = isinstance(place.value, (int, float)) and not isinstance(place.value, bool)
+            if place.node is not None and place.node not in self.moving and is_real(place.value):
+                yield place
+            elif number and place.node is None and place.label in bound.scalars and place.value:
+                if node.name not in self.divisors:
+                    yield place
+
+    def _origin(self, node: fx.Node, bounds: list[Bound]) -> list[tuple[str, list[Tensor]]]:
+        """f(0) of a rule that integrates from zero: the call with its live operands at zero."""
+        name = getattr(node.target, "__name__", "")
+        if not name.startswith(("secant", "integra")):
+            return []
+        moving = [
+            p.index
+            for p in bounds[0].places
+            if p.node is not None and any(self.live[p.node]) and is_real(p.value)
+        ]
+        made = [b.run({i: torch.zeros_like(b.leaves[i]) for i in moving}) for b in bounds]
+        return [("f(0)", [m.detach() for m in made])]
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module.detach() if isinstance(module, Tensor) else module
+
+
+def _outputs(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _add(tangents: dict[fx.Node, Any], node: fx.Node, item: int, added: Tensor) -> None:
+    old = tangents[node]
+    if isinstance(old, (tuple, list)):
+        tangents[node] = type(old)(t + added if i == item else t for i, t in enumerate(old))
+    else:
+        tangents[node] = old + added
+
+
+def _transposed(
+    output: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, list[bool]]:
+    """J t of the real backward c -> J^T c, as the gradient of <J^T c, t> with respect to c."""
+    cotangent = torch.ones_like(output).requires_grad_()
+    try:
+        grads = torch.autograd.grad(
+            output, leaves, cotangent, create_graph=True, allow_unused=True, retain_graph=True
+        )
+        reached = [g is not None for g in grads]
+        total = sum(
+            (torch.real(g.conj() * t)).sum()
+            for g, t in zip(grads, tangents, strict=True)
+            if g is not None
+        )
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return torch.zeros_like(output), reached
+        (pushed,) = torch.autograd.grad(total, cotangent, allow_unused=True, retain_graph=True)
+        made = torch.zeros_like(output) if pushed is None else pushed.detach()
+        return made, reached
+    except (RuntimeError, NotImplementedError):
+        return _by_rows(output, leaves, tangents)
+
+
+def _by_rows(
+    output: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, list[bool]]:
+    """The same, a unit cotangent at a time: for backwards that have none of their own."""
+    if output.is_complex() or any(x.is_complex() for x in leaves):
+        raise Unjudged("a complex backward without one of its own")
+    rows = []
+    reached = [False] * len(leaves)
+    for unit in torch.eye(output.numel(), dtype=output.dtype):
+        try:
+            grads = torch.autograd.grad(
+                output, leaves, unit.reshape(output.shape), allow_unused=True, retain_graph=True
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            raise Unjudged(str(error)) from error
+        reached = [g is not None for g in grads]
+        pairs = zip(grads, tangents, strict=True)
+        rows.append(sum(((g * t).sum() for g, t in pairs if g is not None), output.new_zeros(())))
+    return torch.stack(rows).reshape(output.shape).detach(), reached
+
+
+def _ray(bound: Bound, index: int, item: int, replaced: dict[int, Any]) -> Tensor | None:
+    """d/dt of a call at t = 1 with one constant times t; None where it cannot be scaled."""
+    parts = []
+    for k in (-2, -1, 1, 2):
+        try:
+            moved = bound.run(replaced | {index: bound.leaves[index] * (1 + k * STEP)})
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None
+        parts.append(_outputs(moved)[item])
+    a, b, c, d = parts
+    slope = (8 * (c - b) - (d - a)) / (12 * STEP)
+    return torch.where(torch.isfinite(slope), slope, 0.0) if not slope.is_complex() else slope
+
+
+def distance(tangents: Sequence[Tensor], values: Sequence[Tensor], degree: float) -> float:
+    """The largest |tangent - degree * value| over all points, relative to the sizes there."""
+    worst = 0.0
+    for t, v in zip(tangents, values, strict=True):
+        held = torch.isfinite(v.abs())
+        gap = torch.where(held, (t - degree * v).abs(), 0.0)
+        size = torch.where(held, v.abs() + t.abs(), 0.0)
+        if gap.numel():
+            top = float(size.max())
+            worst = max(worst, float(gap.max()) / top if top > 1e-13 else 0.0)
+    return worst
+
+
+def multiple(tangents: Sequence[Tensor], values: Sequence[Tensor]) -> Local:
+    """The one number d with tangent = d * value at all elements and points, if there is one."""
+    above = below = 0.0
+    sizes = []
+    for t, v in zip(tangents, values, strict=True):
+        held = torch.isfinite(v.abs())
+        v, t = torch.where(held, v, 0.0), torch.where(held, t, 0.0)
+        top = float(v.abs().max()) if v.numel() else 0.0
+        sizes.append((float(t.abs().max()) if t.numel() else 0.0, top))
+        if top > 1e-13:
+            above += float(torch.real(t.conj() * v).sum()) / top**2
+            below += float((v.abs() ** 2).sum()) / top**2
+    if all(t <= 1e-9 * max(v, 1e-3) for t, v in sizes):
+        return Local(0.0, 0.0)
+    degree = above / below if below else 0.0
+    error = distance(tangents, values, degree)
+    return Local(degree if error < TOLERANCE else None, error)
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+def evaluate(
+    module: fx.GraphModule, points: Sequence[Sequence[Any]], divisors: frozenset[str] = frozenset()
+) -> tuple[Evaluation, Tracker]:
+    """Whether the module's gradient is complete at (all of) the points; raises `Unjudged`.
+
+    `points`: flat inputs, float64. `divisors`: nodes whose literals are no bias leaves.
+    """
+    tracker = Tracker(module, points, divisors)
+    tracker.run()
+    result = Evaluation({n.name: found for n, found in tracker.locals.items()})
+    ends = [
+        n
+        for n in pytree.tree_leaves(module.graph.output_node().args)
+        if isinstance(n, fx.Node) and is_real(tracker.values[0][n])
+    ]
+    for end in dict.fromkeys(ends):
+        values = [tracker.values[k][end] for k in range(tracker.count)]
+        if not all(bool(torch.isfinite(v).all()) for v in values):
+            raise Unjudged("the output is not finite")
+        result.zero |= not any(bool(v.any()) for v in values)
+        live = tracker.live[end][0]
+        result.outputs.append(tracker.locals[end][0].degree if live else None)
+    queue = [n for n in dict.fromkeys(ends) if tracker.live[n][0]]
+    seen = set(queue)
+    for node in queue:
+        new = [n for n in tracker.edges.get(node, ()) if n not in seen and any(tracker.live[n])]
+        queue += new
+        seen |= set(new)
+    result.alive = {n.name for n in seen}
+    result.flat = bool(result.alive & tracker.saturated)
+    result.wrong = [
+        n.name
+        for n in module.graph.nodes
+        if n in seen and any(found.degree is None for found in tracker.locals[n])
+    ]
+    result.unread = [
+        n.name
+        for n in module.graph.nodes
+        if n.op == "placeholder" and n in tracker.moving and n not in seen
+    ]
+    return result, tracker
+
+
+def literal_divisors(tracker: Tracker) -> frozenset[str]:
+    """Nodes to which a literal is added and whose value reaches divisors alone: eps is no leaf."""
+    known: dict[fx.Node, bool] = {}
+
+    def only_divides(node: fx.Node) -> bool:
+        if node not in known:
+            known[node] = False
+            known[node] = bool(node.users) and all(divides(user, node) for user in node.users)
+        return known[node]
+
+    def divides(user: fx.Node, node: fx.Node) -> bool:
+        if user.op != "call_function" or user not in tracker.moving:
+            return False
+        power = _power(tracker, user, node)
+        if power is None or power == 0:
+            return False
+        others = [n for n in user.all_input_nodes if n is not node and n in tracker.moving]
+        return power < 0 or (not others and only_divides(user))
+
+    found = set()
+    for node in tracker.moving:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        bounds = [Bound(node, tracker.values[k].__getitem__) for k in range(tracker.count)]
+        literals = [p for p in tracker._constants(node, bounds[0]) if p.node is None]
+        if literals and only_divides(node):
+            labels = {label for label, _ in tracker._added(node, bounds, 0)}
+            if any(p.label in labels for p in literals):
+                found.add(node.name)
+    return frozenset(found)
+
+
+def _power(tracker: Tracker, user: fx.Node, node: fx.Node) -> float | None:
+    """p where user's value is homogeneous of degree p in `node`'s alone."""
+    tangents, values = [], []
+    for k in range(tracker.count):
+        bound = Bound(user, tracker.values[k].__getitem__)
+        places = [p for p in bound.places if p.node is node and is_real(p.value)]
+        fresh = [p.value.detach().requires_grad_() for p in places]
+        with torch.enable_grad():
+            value = bound.run({p.index: f for p, f in zip(places, fresh, strict=True)})
+            output = _outputs(value)[0]
+            if not is_real(output) or not output.requires_grad:
+                return None
+            pushed, _ = _transposed(output, fresh, [f.detach() for f in fresh])
+        tangents.append(pushed)
+        values.append(output.detach())
+    return multiple(tangents, values).degree

@@ -1,0 +1,624 @@
+"""What holds of every architecture: one function that checks it all, or says what does not hold.
+
+(a) the balanced forward is the model's, bit for bit, in float64 and float32; (b) each verdict is
+that of an evaluation which shares nothing with the library (`independent`); (c) each edit is the
+backward of its frozen surrogate; (d) the residual is the same at every cut; (e) derivation is
+deterministic; (f) the model is untouched; (g) a plan survives its file.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..balance import Balanced, balance, rewrite
+from ..check import check_completeness
+from ..degrees import Degrees, degrees
+from ..derive import derive_rules
+from ..errors import NonFiniteError, NoPlanError, TraceError, UnregisteredOperationError
+from ..plan import Plan
+from ..report import Report, Verdict
+from ..rules import Edit, FreezeScale, Prune, Scale, Secant
+from ..trace import ComputationGraph, trace
+from .independent import Bound, Evaluation, Tracker, Unjudged, evaluate, is_real, literal_divisors
+from .strategies import Architecture
+
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}
+CUT_TOLERANCE = 1e-8
+SOUND = (Verdict.PROVED, Verdict.NUMERIC)
+
+
+class PropertyError(AssertionError):
+    """A property that does not hold; `property` is its name."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.property = name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an architecture on which everything holds.
+
+    `kind`: `complete` (as it is), `mended`, `no plan`, `unjudged` (zero or not finite), `refused`.
+    `edits`: the kinds of edits in the plan; `reason`: why it was refused or unjudged;
+    `unwitnessed`: violated operations that no point shows to be wrong.
+    """
+
+    kind: str
+    edits: tuple[str, ...] = ()
+    reason: str = ""
+    unwitnessed: tuple[str, ...] = ()
+
+
+def check_properties(architecture: Architecture, thorough: bool = True) -> Outcome:
+    """Check every property on one architecture; raises `PropertyError`, which names the property.
+
+    `thorough` also traces it a second time, for (e).
+    """
+    try:
+        return _check(architecture, thorough)
+    except PropertyError:
+        raise
+    except (Unjudged, NonFiniteError) as error:
+        return Outcome("unjudged", reason=f"{type(error).__name__}: {error}")
+    except (TraceError, UnregisteredOperationError) as error:
+        return Outcome("refused", reason=f"{type(error).__name__}: {error}")
+    except Exception as error:
+        raise PropertyError("no crash", f"{type(error).__name__}: {error}") from error
+
+
+def _require(holds: bool, name: str, message: str) -> None:
+    if not holds:
+        raise PropertyError(name, message)
+
+
+def _check(architecture: Architecture, thorough: bool) -> Outcome:
+    model = architecture.module()
+    inputs = architecture.example()
+    with _untouched(model):
+        graph = trace(model, inputs)
+        report = check_completeness(graph)
+        points = _points(architecture, model)
+        plain, divisors = _plainly(graph, points)
+        unwitnessed = _same_verdict(report, plain, "plain")
+        try:
+            plan = derive_rules(graph)
+        except NoPlanError as error:
+            _require(
+                not _complete(report),
+                "verdict",
+                f"the plain gradient is complete and yet there is no plan: {error}",
+            )
+            return Outcome("no plan", reason=str(error), unwitnessed=unwitnessed)
+        if _complete(report):
+            _require(
+                not plan.edits, "plan", f"complete without an edit, but libra makes {plan.edits}"
+            )
+        _deterministic(graph, plan, model, inputs, thorough)
+        balanced = balance(graph, policy=plan)
+        _forward_kept(balanced, model, inputs, architecture)
+        mended = check_completeness(graph, policy=plan)
+        labels = degrees(graph, plan.edits)
+        edited, tracker = evaluate(balanced.fx, points, divisors)
+        _same_verdict(mended, edited, "libra")
+        _same_degrees(labels, edited, tracker)
+        _honest(graph, plan, tracker)
+        _every_cut(balanced, labels, tracker, inputs)
+        _file(graph, plan, balanced, inputs)
+    if plain.zero or report.complete is None:
+        kind = "unjudged"
+    else:
+        kind = "complete" if report.complete else "mended"
+    edits = tuple(sorted(str(e).split(" ")[0] for e in plan.edits))
+    return Outcome(kind, edits, unwitnessed=unwitnessed)
+
+
+# --------------------------------------------------------------------------- (b) the verdict
+
+
+def _points(architecture: Architecture, model: nn.Module) -> list[tuple[Any, ...]]:
+    """Inputs at which the model is finite: its own, and others of other sizes."""
+    tried = [
+        architecture.example(),
+        architecture.example(seed=1),
+        architecture.example(seed=2, scale=2.5),
+        architecture.example(seed=3, scale=0.4),
+    ]
+    with torch.no_grad():
+        finite = [
+            point
+            for point in tried
+            if all(bool(o.isfinite().all()) for o in _floats(model(*point)))
+        ]
+    if len(finite) < 2 or finite[0] is not tried[0]:
+        raise Unjudged("the output is not finite at these points")
+    return finite[:3]
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if is_real(t)]
+
+
+def _plainly(
+    graph: ComputationGraph, points: Sequence[Sequence[Any]]
+) -> tuple[Evaluation, frozenset[str]]:
+    """The unedited graph's evaluation, and the nodes whose literals belong to a denominator."""
+    found, tracker = evaluate(graph.fx, points)
+    divisors = literal_divisors(tracker)
+    if divisors:
+        found, _ = evaluate(graph.fx, points, divisors)
+    return found, divisors
+
+
+def _complete(report: Report) -> bool:
+    """The library's verdict on the gradient; that the output is a probability is not its matter."""
+    others = [p for p in report.problems if not p.startswith("the output is a probability")]
+    return all(n.verdict in SOUND for n in report.nodes) and not others
+
+
+def _same_verdict(report: Report, found: Evaluation, which: str) -> tuple[str, ...]:
+    """Both say the same; returns the operations that the library objects to without a witness."""
+    for problem in report.problems:
+        _require("an error of th" not in problem, "no error of the library", f"{which}: {problem}")
+    if found.zero or report.complete is None:
+        return ()
+    ours, theirs = _complete(report), found.complete
+    if ours == theirs:
+        return ()
+    if found.flat:
+        raise Unjudged("a value is a constant's at all of the points: any degree fits it")
+    objections = [n for n in report.nodes if n.verdict not in SOUND]
+    if ours:
+        raise PropertyError(
+            "verdict",
+            f"{which}: the library says complete; independently the outputs have degrees "
+            f"{found.outputs}, without a degree are {found.wrong}, unread are {found.unread}",
+        )
+    named = [f"{n.name} ({n.op}): {n.reason}" for n in objections]
+    if (
+        objections
+        and all("no witness" in n.reason for n in objections)
+        and len(report.problems) == 0
+    ):
+        return tuple(sorted({n.op for n in objections}))
+    raise PropertyError(
+        "verdict",
+        f"{which}: independently complete, the library says {named} {report.problems}",
+    )
+
+
+def _same_degrees(labels: Degrees, found: Evaluation, tracker: Tracker) -> None:
+    """The labels of what carries gradient are the degrees that were measured."""
+    nodes = {n.name: n for n in tracker.module.graph.nodes}
+    for name in labels.alive:
+        if name not in found.alive or name not in nodes:
+            continue
+        factor = _factor(nodes[name])
+        pairs = zip(labels.facts[name], found.nodes[name], strict=False)
+        for item, (fact, local) in enumerate(pairs):
+            value = _item(tracker.values[0][nodes[name]], item)
+            if fact.state != "live" or local.degree is None or not bool((value != 0).any()):
+                continue
+            degree = float(fact.degree) / factor
+            _require(
+                abs(degree - local.degree) < 1e-6,
+                "degrees",
+                f"{name} is labelled {degree} and has the degree {local.degree}",
+            )
+
+
+def _item(value: Any, item: int) -> Any:
+    return value[item] if isinstance(value, (tuple, list)) else value
+
+
+def _factor(node: fx.Node) -> float:
+    """The factor of the scale written behind a node."""
+    edits = [user.meta.get("edit") for user in node.users]
+    own = [e for e in edits if isinstance(e, Scale) and e.node == node.name]
+    return float(own[0].factor) if own else 1.0
+
+
+# --------------------------------------------------------------------------- (a) the forward
+
+
+def _same_bits(ours: Any, theirs: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
+    return all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        and torch.equal(torch.signbit(torch.view_as_real(a) if a.is_complex() else a),
+                        torch.signbit(torch.view_as_real(b) if b.is_complex() else b))
+        for a, b in pairs
+    )  # fmt: skip
+
+
+def _forward_kept(
+    balanced: Balanced, model: nn.Module, inputs: tuple[Any, ...], architecture: Architecture
+) -> None:
+    with torch.no_grad():
+        wanted = model(*inputs)
+        _require(_same_bits(balanced(*inputs), wanted), "forward", "float64 bits differ")
+    leaves = [x.clone().requires_grad_() if is_real(x) else x for x in inputs]
+    _require(_same_bits(balanced(*leaves), wanted), "forward", "bits differ with gradients")
+    graph = balanced.graph
+    assert graph is not None
+    root = copy.deepcopy(graph.fx).float()
+    module = rewrite(graph, balanced.plan.edits, root)
+    single = architecture.example(torch.float32)
+    with torch.no_grad():
+        try:
+            wanted = architecture.module(torch.float32)(*single)
+        except RuntimeError:
+            return  # a cast to float64 in the program itself meets a float32 weight
+        _require(_same_bits(module(*single), wanted), "forward", "float32 bits differ")
+
+
+# --------------------------------------------------------------------------- (c) honest edits
+
+
+def _honest(graph: ComputationGraph, plan: Plan, tracker: Tracker) -> None:
+    """Each edited node's backward, against that of its surrogate under a random cotangent."""
+    nodes = {n.name: n for n in tracker.module.graph.nodes}
+    for name in dict.fromkeys(e.node for e in plan.edits):
+        if tracker.live[nodes[name]] and any(tracker.live[nodes[name]]):
+            _honest_node(graph, plan.edits_of(name), nodes, tracker, name)
+
+
+def _honest_node(
+    graph: ComputationGraph,
+    edits: Sequence[Edit],
+    nodes: dict[str, fx.Node],
+    tracker: Tracker,
+    name: str,
+) -> None:
+    original = graph.nodes[name]
+    values = tracker.values[0]
+    bound = Bound(original, lambda n: values[nodes[n.name]])
+    places = [p for p in bound.places if p.node is not None and is_real(p.value)]
+    fresh = {p.index: p.value.detach().clone().requires_grad_() for p in places}
+    edited = _edited_value(nodes[name], original, graph, bound, fresh, values)
+    plain = {p.index: p.value.detach().clone().requires_grad_() for p in places}
+    pruned = {e.argument for e in edits if isinstance(e, Prune)}
+    for p in places:
+        if p.label in pruned:
+            plain[p.index] = plain[p.index].detach()
+    surrogate = _surrogate(edits, bound, plain)
+    outputs, wanted_outputs = _floats(edited), _floats(surrogate)
+    frozen = outputs[len(wanted_outputs) :]  # the mean and 1/sigma that a norm also returns
+    _require(
+        not any(o.requires_grad for o in frozen), "honest edits", f"{name} leaks through statistics"
+    )
+    pairs = list(zip(outputs, wanted_outputs, strict=False))
+    pairs = [(a, b) for a, b in pairs if a.requires_grad or b.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(a.shape, generator=generator, dtype=torch.float64) for a, _ in pairs]
+    ours = _gradients([a for a, _ in pairs], list(fresh.values()), noise)
+    leaves = [plain[i] for i in fresh]
+    theirs = _gradients([b for _, b in pairs], leaves, noise)
+    factor = math.prod(float(e.factor) for e in edits if isinstance(e, Scale) and not e.argument)
+    for place, mine, wanted in zip(places, ours, theirs, strict=True):
+        if place.label in pruned:
+            _require(
+                mine is None or not bool((mine != 0).any()),
+                "honest edits",
+                f"gradient passes the pruned edge {name}.{place.label}",
+            )
+            continue
+        if place.node is not None and not any(tracker.live[nodes[place.node.name]]):
+            continue
+        given = torch.zeros_like(place.value) if mine is None else mine
+        expected = torch.zeros_like(place.value) if wanted is None else wanted * factor
+        _require(
+            bool(torch.allclose(given, expected, **CLOSE)),
+            "honest edits",
+            f"{name}.{place.label} under {', '.join(map(str, edits))}: the gradient differs from "
+            f"the surrogate's by {float((given - expected).abs().max()):.1e}",
+        )
+
+
+def _gradients(
+    outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor]
+) -> list[Tensor | None]:
+    taken = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    wanted = [x for x in leaves if x.requires_grad]
+    if not taken or not wanted:
+        return [None] * len(leaves)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in taken], wanted, [c.to(o) for o, c in taken], allow_unused=True
+        )
+    )
+    return [next(found) if x.requires_grad else None for x in leaves]
+
+
+def _edited_value(
+    node: fx.Node,
+    original: fx.Node,
+    graph: ComputationGraph,
+    bound: Bound,
+    fresh: dict[int, Tensor],
+    values: dict[fx.Node, Any],
+) -> Any:
+    """The rewritten node, with what was written on its edges and behind it, on fresh operands."""
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    own = pytree.tree_leaves((original.args, original.kwargs))
+    lead = len(flat) - len(own)
+
+    def run(argument: Any, leaf: Tensor) -> Any:
+        if argument.name in graph.nodes or "edit" in argument.meta:
+            return leaf
+        inner = run(argument.args[0], leaf)
+        return argument.target(inner, *argument.args[1:])
+
+    filled = list(flat)
+    tensors = iter([p.index for p in bound.places if p.node is not None])
+    for place, argument in enumerate(flat[lead:], lead):
+        if isinstance(argument, fx.Node):
+            index = next(tensors)
+            held = fresh.get(index)
+            filled[place] = bound.leaves[index] if held is None else run(argument, held)
+    args, kwargs = pytree.tree_unflatten(filled, spec)
+    target: Any = node.target
+    with torch.enable_grad():
+        value = target(*args, **kwargs)
+        for user in node.users:
+            edit = user.meta.get("edit")
+            if isinstance(edit, Scale) and edit.node == node.name:
+                behind: Any = user.target
+                value = behind(value, *user.args[1:])
+    return value
+
+
+def _surrogate(edits: Sequence[Edit], bound: Bound, leaves: dict[int, Tensor]) -> Any:
+    """What an edited call is the gradient of: f with pruned operands held, written from scratch."""
+    with torch.enable_grad():
+        if any(isinstance(e, Secant) for e in edits):
+            ((index, u),) = leaves.items()
+            held = u.detach()
+            f, origin = bound.run({index: held}), bound.run({index: torch.zeros_like(held)})
+            near = held.abs() < 1e-6
+            step = torch.full_like(held, 1e-6)
+            slope = (bound.run({index: step}) - bound.run({index: -step})) / 2e-6
+            chord = (f - origin) / torch.where(near, 1.0, held)
+            return origin + u * torch.where(near, slope, chord)
+        if any(isinstance(e, FreezeScale) for e in edits):
+            return _frozen_norm(bound, leaves)
+        return bound.run(dict(leaves))
+
+
+def _frozen_norm(bound: Bound, leaves: dict[int, Tensor]) -> Tensor:
+    """(x - mean) / sigma * w + b with sigma detached, from the definition of each norm."""
+    named = {p.label.split("[")[0]: leaves.get(p.index, p.value) for p in bound.places}
+    name = str(bound.target).split(".")[1]
+    x, w, b = named["input"], named.get("weight"), named.get("bias")
+    if name in ("layer_norm", "native_layer_norm", "rms_norm"):
+        count = sum(p.label.startswith("normalized_shape") for p in bound.places)
+        dims = tuple(range(-count, 0))
+        rows = x
+        shape: tuple[int, ...] = ()
+    else:
+        groups = int(named["num_groups"]) if name == "group_norm" else x.shape[1]
+        rows = x.reshape(x.shape[0], groups, -1)
+        dims = (-1,)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+    eps = named.get("eps")
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    centred = rows if name == "rms_norm" else rows - rows.mean(dims, keepdim=True)
+    power = centred.square().mean(dims, keepdim=True)
+    out = (centred * (power + float(eps)).rsqrt().detach()).reshape(x.shape)
+    if isinstance(w, Tensor):
+        out = out * (w.reshape(shape) if shape else w)
+    if isinstance(b, Tensor):
+        out = out + (b.reshape(shape) if shape else b)
+    return out
+
+
+# --------------------------------------------------------------------------- (d) every cut
+
+
+def _every_cut(
+    balanced: Balanced, labels: Degrees, tracker: Tracker, inputs: tuple[Any, ...]
+) -> None:
+    """sum d <cotangent, value> over the cut, and the biases passed, is <c, f> at each cut."""
+    values = tracker.values[0]
+    nodes = list(balanced.fx.graph.nodes)
+    ends = [n for n in pytree.tree_leaves(balanced.fx.graph.output_node().args) if n in values]
+    ends = [n for n in dict.fromkeys(ends) if is_real(values[n]) and tracker.live[n][0]]
+    generator = torch.Generator().manual_seed(1)
+    cotangents: dict[tuple[fx.Node, int], Tensor] = {}
+    noise = [torch.randn(values[n].shape, generator=generator, dtype=torch.float64) for n in ends]
+    for end, c in zip(ends, noise, strict=True):
+        cotangents[end, 0] = c
+    wanted = sum(_pair(c, values[n]) for n, c in zip(ends, noise, strict=True))
+    total = sum(_degree(labels, n) * _pair(c, values[n]) for n, c in zip(ends, noise, strict=True))
+    size = sum(float((c * values[n]).abs().sum()) for n, c in zip(ends, noise, strict=True))
+
+    def compare(where: str) -> None:
+        _require(
+            abs(total - wanted) <= CUT_TOLERANCE * max(size, 1e-9),
+            "every cut",
+            f"the residual moves by {abs(total - wanted):.1e} of {size:.1e} at {where}",
+        )
+
+    compare("the output")
+    for node in reversed(nodes):
+        if node.op != "call_function" or node not in tracker.moving:
+            continue
+        outputs = _pieces(values[node])
+        carried = {i: cotangents.pop((node, i), None) for i in range(len(outputs))}
+        if all(c is None for c in carried.values()):
+            continue
+        for item, c in carried.items():
+            if c is None:
+                continue
+            total -= _degree(labels, node, item) * _pair(c, outputs[item])
+            if node.name in labels.biases and tracker.locals[node][item].leaves:
+                total += _pair(c, tracker.locals[node][item].added[0])
+        for source, item, g in _backward(node, tracker, carried):
+            old = cotangents.get((source, item))
+            cotangents[source, item] = g if old is None else old + g
+            value = _pieces(values[source])[item]
+            total += _degree(labels, source, item) * _pair(g, value)
+            size = max(size, float((g.conj() * value).abs().sum()))
+        compare(node.name)
+    _real_backward(balanced, tracker, inputs, noise, cotangents)
+
+
+def _pieces(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _pair(c: Tensor, value: Tensor) -> float:
+    product = torch.real(c.conj() * value)
+    return float(torch.where(torch.isfinite(product), product, 0.0).sum())
+
+
+def _degree(labels: Degrees, node: fx.Node, item: int = 0) -> float:
+    edit = node.meta.get("edit")
+    if isinstance(edit, Scale):  # the call written behind a scaled node
+        return float(labels.facts[edit.node][0].degree)
+    facts = labels.facts[node.name]
+    return float(facts[min(item, len(facts) - 1)].degree) / _factor(node)
+
+
+def _backward(
+    node: fx.Node, tracker: Tracker, carried: dict[int, Tensor | None]
+) -> Iterator[tuple[fx.Node, int, Tensor]]:
+    """What a node's real backward sends to each of its operands."""
+    values = tracker.values[0]
+    source: Any = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and isinstance(values[source], (tuple, list)):
+        if (c := carried[0]) is not None:
+            index: Any = node.args[1]
+            yield source, index % len(values[source]), c
+        return
+    bound = Bound(node, values.__getitem__)
+    places = [
+        p
+        for p in bound.places
+        if p.node is not None and is_real(p.value) and any(tracker.live[p.node])
+    ]
+    leaves = [p.value.detach().requires_grad_() for p in places]
+    with torch.enable_grad():
+        outputs = _pieces(bound.run({p.index: x for p, x in zip(places, leaves, strict=True)}))
+    kept = [(outputs[i], c) for i, c in carried.items() if c is not None]
+    kept = [(o, c) for o, c in kept if is_real(o) and o.requires_grad]
+    if not kept or not leaves:
+        return
+    grads = torch.autograd.grad(
+        [o for o, _ in kept], leaves, [c for _, c in kept], allow_unused=True
+    )
+    for place, g in zip(places, grads, strict=True):
+        if g is not None and place.node is not None:
+            yield place.node, 0, g
+
+
+def _real_backward(
+    balanced: Balanced,
+    tracker: Tracker,
+    inputs: tuple[Any, ...],
+    noise: list[Tensor],
+    swept: dict[tuple[fx.Node, int], Tensor],
+) -> None:
+    """The cotangents that the sweep leaves at the inputs are the gradient of the whole module."""
+    leaves = [x.detach().clone().requires_grad_() if is_real(x) else x for x in inputs]
+    outputs = [o for o in _floats(balanced(*leaves)) if o.requires_grad]
+    given = [x for x in leaves if is_real(x)]
+    kept = list(zip(outputs, noise, strict=True))
+    if not kept:
+        return
+    grads = torch.autograd.grad(
+        [o for o, _ in kept], given, [c for _, c in kept], allow_unused=True
+    )
+    places = [n for n in balanced.fx.graph.nodes if n.op == "placeholder" and n in tracker.moving]
+    for node, g in zip(places, grads, strict=True):
+        ours = swept.get((node, 0))
+        ours = torch.zeros_like(tracker.values[0][node]) if ours is None else ours
+        whole = torch.zeros_like(ours) if g is None else g
+        _require(
+            bool(torch.allclose(ours, whole, **CLOSE)),
+            "every cut",
+            f"the node by node backward and the module's differ at {node.name}",
+        )
+
+
+# --------------------------------------------------------------------------- (e), (f), (g)
+
+
+def _deterministic(
+    graph: ComputationGraph, plan: Plan, model: nn.Module, inputs: tuple[Any, ...], again: bool
+) -> None:
+    _require(derive_rules(graph).edits == plan.edits, "deterministic", "derived twice, two plans")
+    if again:
+        fresh = derive_rules(trace(model, inputs))
+        _require(
+            fresh.edits == plan.edits and fresh.fingerprint == plan.fingerprint,
+            "deterministic",
+            f"another trace, another plan: {plan.diff(fresh)}",
+        )
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """The model's tensors, flags, hooks and attributes are the same at the end."""
+    before = _snapshot(model)
+    yield
+    after = _snapshot(model)
+    same = before.keys() == after.keys() and all(
+        torch.equal(a, after[k]) and a.dtype == after[k].dtype
+        if isinstance(a, Tensor)
+        else a == after[k]
+        for k, a in before.items()
+    )
+    _require(same, "untouched", "the user's model was changed")
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {f"state {k}": v.clone() for k, v in model.state_dict().items()}
+    for path, module in model.named_modules():
+        found[f"training {path}"] = module.training
+        for key, value in vars(module).items():
+            counted = len(value) if hasattr(value, "__len__") else repr(value)
+            found[f"attribute {path}.{key}"] = counted
+    for name, parameter in model.named_parameters():
+        found[f"grad {name}"] = parameter.grad is None
+        found[f"requires {name}"] = parameter.requires_grad
+        found[f"id {name}"] = id(parameter)
+    return found
+
+
+def _file(graph: ComputationGraph, plan: Plan, balanced: Balanced, inputs: tuple[Any, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        plan.save(path)
+        loaded = Plan.load(path)
+    _require(loaded == plan, "file", "a plan read back is another plan")
+    again = balance(graph, policy=loaded)
+    ours, theirs = (_input_gradients(m, inputs) for m in (balanced, again))
+    same = all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    _require(same, "file", "a plan read back gives other gradients")
+
+
+def _input_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> Sequence[Tensor | None]:
+    leaves = [x.detach().clone().requires_grad_() if is_real(x) else x for x in inputs]
+    outputs = [o for o in _floats(module(*leaves)) if o.requires_grad]
+    given = [x for x in leaves if is_real(x)]
+    if not outputs:
+        return [None] * len(given)
+    return torch.autograd.grad([o.sum() for o in outputs], given, allow_unused=True)
