@@ -190,13 +190,16 @@ def derive(
     save: Annotated[
         Path | None, typer.Option(callback=_writable, help="Write the plan there.")
     ] = None,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="How many further plans to look for, the next cheapest.")
+    ] = 0,
     device: Device = "meta",
 ) -> None:
     """Derive the edits that a policy makes to a timm model's backward pass, and show why."""
     with _judging():
         model = _create(name, None, False, device, Dtype.FLOAT32)
         with progress("deriving"):
-            plan = derive_rules(model, policy=policy)
+            plan = derive_rules(model, policy=policy, alternatives=alternatives)
         if save is not None:
             plan.save(save)
     _print(Text(str(plan)))
