@@ -305,6 +305,9 @@ def derive(
     save: Annotated[
         Path | None, typer.Option(callback=_writable, help="Write the plan there.")
     ] = None,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="How many further plans to look for, the next cheapest.")
+    ] = 0,
     device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
 ) -> None:
@@ -313,7 +316,9 @@ def derive(
         model = _create(name, None, False, device, None, otherwise="meta")
         given = _inputs(model, inputs, device, None)
         with progress("deriving"):
-            plan = derive_rules(model, given, policy=policy, unknown=unknown)
+            plan = derive_rules(
+                model, given, policy=policy, alternatives=alternatives, unknown=unknown
+            )
         if save is not None:
             plan.save(save)
     _print(Text(str(plan)))

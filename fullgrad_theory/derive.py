@@ -793,7 +793,7 @@ def _where(node: fx.Node) -> tuple[str, str]:
 
 
 def _cut(graph: ComputationGraph, edit: Prune, before: Degrees, after: Degrees) -> tuple[str, ...]:
-    """The value held fixed, and the nodes that leave the backward behind it, nearest first."""
+    """The value held fixed, then all nodes that leave the backward with it, nearest first."""
     call = before.live.calls[edit.node]
     value = next(o.node for o in call.operands if o.name == edit.argument)
     assert value is not None
@@ -802,7 +802,7 @@ def _cut(graph: ComputationGraph, edit: Prune, before: Degrees, after: Degrees) 
         if node.name not in after.alive:
             behind = [n for n in node.all_input_nodes if n.name in before.alive]
             queue += [n for n in behind if n not in queue and n.name not in after.alive]
-    return tuple(n.name for n in queue)
+    return (value.name, *(n.name for n in queue if n.name not in after.alive))
 
 
 def _cost(edit: Edit, after: Degrees, problem: _Problem) -> int:

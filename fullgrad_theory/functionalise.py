@@ -143,12 +143,13 @@ def _is_effect(node: fx.Node) -> bool:
 
 
 _RECURRENT = {
-    aten.rnn_tanh_cell.default,
-    aten.rnn_relu_cell.default,
-    aten.rnn_tanh.input,
-    aten.rnn_relu.input,
+    aten.rnn_tanh_cell.default: False,
+    aten.rnn_relu_cell.default: False,
+    aten.rnn_tanh.input: True,
+    aten.rnn_relu.input: True,
 }
-"""Composites that torch itself computes step by step. Those of LSTM and GRU write in place, in
+"""Composites that torch itself computes step by step, and whether the steps are traced before
+dispatch (the cells do not open there). Those of LSTM and GRU write in place, in
 strides of their own, and a functional copy of them has other bits: they stay whole."""
 
 
@@ -174,7 +175,7 @@ def unroll(module: fx.GraphModule) -> None:
                 return target.decompose(*args, **kwargs)
 
             with mode:
-                steps = make_fx(compute, pre_dispatch=True)(*given.values())
+                steps = make_fx(compute, pre_dispatch=_RECURRENT[node.target])(*given.values())
             _splice(module, node, steps, nodes)
 
 

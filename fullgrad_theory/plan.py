@@ -62,8 +62,8 @@ class Plan:
 
     `cost` is their sum under `policy`; `optimal` says whether that is proven to be the least (of an
     alternative: the next). `left` are the nodes that stay inconsistent, `where` maps nodes to
-    (operation, module path). `cuts`: pruned edge -> the value held fixed there, followed by the
-    other nodes that leave the backward with it. `alternatives` are the plans that cost next to
+    (operation, module path). `cuts`: pruned edge -> the value held fixed there, followed by all
+    nodes that leave the backward with it. `alternatives` are the plans that cost next to
     this one, in order; `stopped` says that the search for them met its limit.
     """
 
@@ -220,17 +220,13 @@ class Plan:
         if not cuts:
             return ""
         held = dict.fromkeys(self._operation(nodes[0]) for nodes in cuts)
-        gone = dict.fromkeys(node for nodes in cuts for node in nodes if node in self._gone)
+        gone = dict.fromkeys(node for nodes in cuts for node in nodes[1:])
         words = f"held fixed: {_some(held)}"
         if gone:
             words += f"; out of the backward: {_some(dict.fromkeys(map(self._operation, gone)))}"
             paths = dict.fromkeys(path for node in gone if (path := self.where[node][1]))
             words += f" in {_some(compress(paths))}" if paths else ""
         return words
-
-    @cached_property
-    def _gone(self) -> frozenset[str]:
-        return frozenset(node for nodes in self.cuts.values() for node in nodes[1:])
 
     def _operation(self, node: str) -> str:
         name = self.where.get(node, (node, ""))[0]

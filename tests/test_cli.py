@@ -98,6 +98,16 @@ def test_derive(tmp_path: Path) -> None:
     assert f"{len(plan)} edits" in result.stdout
 
 
+def test_derive_alternatives(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    result = invoke("derive", "test_vit", "--alternatives", "2", "--save", file)
+    assert result.exit_code == 0, result.output
+    assert len(Plan.load(file).alternatives) == result.stdout.count("alternative ") <= 2
+    refused = invoke("derive", "test_vit", "--alternatives", "2", "--policy", "attnlrp")
+    assert refused.exit_code == 2 and "partial" in said(refused)
+    assert invoke("derive", "test_vit", "--alternatives", "-1").exit_code == 2
+
+
 def test_every_policy_is_listed() -> None:
     result = invoke("policies")
     assert result.exit_code == 0
