@@ -119,9 +119,7 @@ class NodeByNode(fx.Interpreter):
                     left += float(seen[name]) * inner(g, u)
         if n.name in self.labels.biases:
             known = [o.detach() for o in outputs if isinstance(o, Tensor)]
-            maps = bias_maps(
-                self.traced.nodes[n.name], call, original_args(n, args), kwargs, known
-            )
+            maps = bias_maps(self.traced.nodes[n.name], call, original_args(n, args), kwargs, known)
             left += sum(inner(c, b) for (_, c, _), b in zip(kept, maps, strict=False))
         right, magnitude = 0.0, 0.0
         for o, c, degree in kept:

@@ -986,7 +986,9 @@ def residual(name: str, sample: Sample, edit: str | None = None) -> list[sp.Expr
     many = len(mode.outputs) > 1
     outputs = list(result) if many else [result]
     if edit == "integrate":
-        return _on_the_ray(seen, made, [e for o in outputs for leaf in _leaves(o) for e in leaf.flat])
+        return _on_the_ray(
+            seen, made, [e for o in outputs for leaf in _leaves(o) for e in leaf.flat]
+        )
     rest: list[sp.Expr] = []
     for relation, output in zip(mode.outputs, outputs, strict=True):
         elements = [e for leaf in _leaves(output) for e in leaf.ravel()]
