@@ -404,7 +404,8 @@ class _Labelling:
             self.model.add(common * value == total).only_enforce_if(way)
         for name in relation.ray:  # moves as the output does, or is pruned or frozen
             if name in edges:
-                free = [] if edges[name] is None else [~edges[name]]
+                pruned = edges[name]
+                free = [] if pruned is None else [~pruned]
                 self.model.add(seen[name] == value).only_enforce_if(way, *free)
         if relation.domain is not None:
             self._restrict(value, relation.domain, way)

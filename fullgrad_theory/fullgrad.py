@@ -64,8 +64,8 @@ class Run(fx.Interpreter):
 
 def original_args(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A rewritten node's arguments as the ATen operation takes them."""
-    lead = {backward.secant: 1, quadrature.integrate: 3}
-    return args[lead.get(node.target, 0) :]
+    lead = 1 if node.target is backward.secant else 3 if node.target is quadrature.integrate else 0
+    return args[lead:]
 
 
 def finite_products(g: Tensor, value: Tensor) -> Tensor:
@@ -149,13 +149,12 @@ def _join(parts: Sequence[FullGrad]) -> FullGrad:
 
 def _leaf_places(graph: ComputationGraph, labels: Degrees) -> dict[str, tuple[str, int]]:
     """Where bias leaves enter, as `Run.on_bias` calls it: the node, and which of its outputs."""
-    places = {}
+    places: dict[str, tuple[str, int]] = {}
     for name in labels.biases:
         value = graph.nodes[name].meta.get("val")
-        several = name in labels.rays and isinstance(value, (tuple, list)) and len(value) > 1
-        places |= (
-            {f"{name}[{i}]": (name, i) for i in range(len(value))} if several else {name: (name, 0)}
-        )
+        count = len(value) if isinstance(value, (tuple, list)) and name in labels.rays else 1
+        keys = [f"{name}[{i}]" for i in range(count)] if count > 1 else [name]
+        places |= {key: (name, i) for i, key in enumerate(keys)}
     return places
 
 

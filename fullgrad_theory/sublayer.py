@@ -61,5 +61,5 @@ def integrate(
         edits=tuple(map(whole, plan.edits)),
         reasons={whole(e): reason for e, reason in plan.reasons.items()},
         fingerprint=fingerprint(graph),
-        where=plan.where | {edit.node: ("region", path)},
+        where={**plan.where, edit.node: ("region", path)},
     )
