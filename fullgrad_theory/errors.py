@@ -47,7 +47,7 @@ class PlanError(FullgradError, ValueError):
 
 
 class NonConvergenceWarning(UserWarning):
-    """The quadrature of an integrated Jacobian missed its tolerance: the gradient is not complete."""
+    """The quadrature of an integrated Jacobian missed its tolerance: it is not complete."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:

@@ -150,13 +150,15 @@ class _Line:
             part = [g * float(weight * (b - a) / 2) for g in pull(t)]
             total = [p + q for p, q in zip(total, part, strict=True)] if total else part
         self.spent += len(RULE)
-        if not np.isfinite(self.size(total)):
-            raise NonFiniteError(
-                f"the Jacobian of {self.ray.label} is not finite on the ray from 0 to these values, "
-                f"between {a:g} and {b:g} of it: it cannot be integrated; prune what it reads, or "
-                "freeze the norm before it"
-            )
+        self.finite(self.size(total), f"Jacobian is not finite between {a:g} and {b:g} of the")
         return total
+
+    def finite(self, number: float, what: str) -> None:
+        if not np.isfinite(number):
+            raise NonFiniteError(
+                f"{self.ray.label}: its {what} ray from 0 to these values, so it cannot be "
+                "integrated; prune what it reads, or freeze the norm before it"
+            )
 
     def size(self, gradients: list[Tensor]) -> float:
         """sum |g u|."""
@@ -166,11 +168,12 @@ class _Line:
     def integral(self, pull: Callable[[float], list[Tensor]]) -> list[Tensor]:
         """Pieces are halved, the worst first, until each agrees with its halves and with f."""
         whole = self.estimate(pull, 0.0, 1.0)
-        rise = zip(self.cotangents, self.values(1.0), self.values(0.0), strict=True)
-        scale = max(
-            self.size(whole),
-            sum(float((c * (v - w)).abs().sum(dtype=torch.float64)) for c, v, w in rise),
-        )
+        total_rise = 0.0
+        for c, v, w in zip(self.cotangents, self.values(1.0), self.values(0.0), strict=True):
+            rise = c * torch.where(v == w, 0.0, v - w)  # a mask's infinities may pass
+            total_rise += float(rise.abs().sum(dtype=torch.float64))
+        self.finite(total_rise, "value is not finite at the start of the")
+        scale = max(self.size(whole), total_rise)
         order = count()  # the heap never compares tensors
         open_pieces = [(0.0, next(order), 0.0, 1.0, whole)]
         total = [torch.zeros_like(g) for g in whole]

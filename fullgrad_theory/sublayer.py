@@ -42,8 +42,8 @@ def integrate(
     frozen = [n for n in inside if is_float(n) and live.state(n) is State.FROZEN]
     if frozen:
         raise InputError(
-            f"{path} cannot be integrated: {graph.describe(frozen[0].name)} carries no gradient, so "
-            "its slopes along the ray do not add up to what it becomes"
+            f"{path} cannot be integrated: {graph.describe(frozen[0].name)} carries no gradient, "
+            "so the slopes along the ray do not add up to the value at its end"
         )
     edit = Integrate(left_at[0].name, tuple(n.name for n in inside))
     plan = derive_rules(fold(graph, (edit,)), policy=policy)
@@ -61,5 +61,5 @@ def integrate(
         edits=tuple(map(whole, plan.edits)),
         reasons={whole(e): reason for e, reason in plan.reasons.items()},
         fingerprint=fingerprint(graph),
-        where=plan.where | {edit.node: ("region", path)},
+        where={**plan.where, edit.node: ("region", path)},
     )

@@ -206,11 +206,31 @@ OBSTACLES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
 }
 
 
+NO_INTEGRAL = replace(policy("libra"), name="no integral", integrate=None)
+LAST_RESORT = {"softmax head": ["integrate softmax"], "softmax added": ["integrate softmax"]}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_an_integral_is_the_last_resort(name: str) -> None:
+    """Only where there is no other plan, and never where the ray from 0 is broken."""
+    if name in LAST_RESORT:
+        assert [str(edit) for edit in derive_rules(OBSTACLES[name][0], X)] == LAST_RESORT[name]
+    else:
+        with pytest.raises(NoPlanError):
+            derive_rules(OBSTACLES[name][0], X)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_where_there_is_another_plan_it_is_the_same(name: str) -> None:
+    graph = trace(LAYERS[name][0], X)
+    assert derive_rules(graph).edits == derive_rules(graph, policy=NO_INTEGRAL).edits
+
+
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_no_honest_plan_names_the_obstacle(name: str) -> None:
     model, operation, why = OBSTACLES[name]
     with pytest.raises(NoPlanError) as caught:
-        derive_rules(model, X)
+        derive_rules(model, X, NO_INTEGRAL)
     assert operation in str(caught.value)
     assert why in str(caught.value)
 
@@ -228,7 +248,7 @@ class Head(nn.Module):
 
 def test_all_obstacles_are_named_at_once_with_module_and_line() -> None:
     with pytest.raises(NoPlanError, match=r"softmax .*heads\.0, .*\(and 2 more like it\)"):
-        derive_rules(Head(3).eval(), X)
+        derive_rules(Head(3).eval(), X, NO_INTEGRAL)
 
 
 def test_a_policy_without_the_edit_says_so() -> None:
@@ -283,6 +303,10 @@ SOFTMAX = ["prune matmul_1.self"]
 # policy -> the edits with fused attention, with two matmuls
 BLOCK: dict[str, tuple[list[str], list[str]]] = {
     "libra": (FREEZE + WEIGHTS + GATE, FREEZE + SOFTMAX + GATE),
+    "integrated": (
+        [*FREEZE, "integrate scaled_dot_product_attention", *GATE],
+        [*FREEZE, "scale matmul by 1/2", "integrate softmax", "scale matmul_1 by 1/2", *GATE],
+    ),
     "plain": ([], []),
     "attnlrp": (FREEZE + HALVES + GATE, FREEZE + PRODUCTS + GATE),
     "alilrp": (FREEZE + WEIGHTS, FREEZE + SOFTMAX),
@@ -312,7 +336,7 @@ def test_policies_on_a_block(fused: bool) -> None:
         plan = derive_rules(graph, policy=name)
         assert sorted(map(str, plan)) == sorted(expected[not fused]), name
         assert plan.left == tuple(n for n in graph.nodes if n in degrees(graph, plan).findings)
-        assert bool(plan.left) != (name == "libra")
+        assert bool(plan.left) != (name in ("libra", "integrated"))
         assert plan.optimal and plan.policy == name
 
 
@@ -346,6 +370,14 @@ def on_meta(name: str) -> ComputationGraph:
     return trace(model)
 
 
+def test_a_vit_is_integrated_without_a_prune() -> None:
+    with torch.device("meta"):
+        graph = trace(timm.create_model("vit_tiny_patch16_224").eval())
+    plan = derive_rules(graph, policy="integrated")
+    counts = Counter(type(e).__name__ for e in plan)
+    assert counts == {"Integrate": 12, "FreezeScale": 25, "Secant": 12}
+
+
 MODELS: dict[str, dict[str, int]] = {
     "vit_tiny_patch16_224": {"FreezeScale": 5, "Prune": 4, "Secant": 2},
     "eva02_small_patch14_336": {"FreezeScale": 5, "Prune": 4, "Secant": 2, "Scale": 2},
@@ -366,8 +398,8 @@ def test_models_without_weights(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "complete"),
     [
-        ("vit_tiny_patch16_224", {"libra", "decompx", "without-gate"}),  # nothing gated
-        ("eva02_small_patch14_336", {"libra"}),
+        ("vit_tiny_patch16_224", {"libra", "integrated", "decompx", "without-gate"}),
+        ("eva02_small_patch14_336", {"libra", "integrated"}),
     ],
 )
 def test_which_policies_leave_nothing(name: str, complete: set[str]) -> None:

@@ -22,17 +22,18 @@ from functools import cache
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import fullgrad_theory as fgt
-from fullgrad_theory import backward, gates
+from fullgrad_theory import backward, gates, quadrature
 from fullgrad_theory.balance import rewrite
 from fullgrad_theory.operators import Algebra, lookup, registered, target_name
 from fullgrad_theory.operators.samples import Sample, kinks, overload, samples
-from fullgrad_theory.rules import Edit, FreezeScale, Prune, Scale, Secant
+from fullgrad_theory.rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -410,6 +411,7 @@ def check_point(
     tensors: Sequence[Tensor],
     expected: Expectation,
     slopes: Mapping[int, Tensor],
+    close: Mapping[str, float] = CLOSE,
 ) -> None:
     """Autograd of the edited call against the surrogate's Jacobians `slopes`.
 
@@ -424,7 +426,7 @@ def check_point(
         elif i in slopes:
             wanted = slopes[i] @ cotangent * float(factor) - others[i]
             torch.testing.assert_close(
-                found[i], wanted, msg=lambda m, at=label: f"{at}\n{m}", **CLOSE
+                found[i], wanted, msg=lambda m, at=label: f"{at}\n{m}", **close
             )
 
 
@@ -546,6 +548,42 @@ def check_attention(name: str) -> None:
             check_point(row, edited(row, edits), row.tensors, expected, slopes)
 
 
+NODES = 40
+# where a kink lies on the ray, Gauss-Legendre errs by about a node's weight
+BENT = {"aten.rnn_relu.input": {"rtol": 0.0, "atol": 2 / NODES}}
+
+
+def mean_slopes(row: Row, moving: Sequence[int]) -> dict[int, Tensor]:
+    """The Jacobians averaged over the ray of the `moving` operands; at its end in the others."""
+    found = {i: jacobian(row.run, row.tensors, i) for i in range(len(row.tensors))}
+    found |= {i: torch.zeros_like(found[i]) for i in moving}
+    for x, weight in zip(*np.polynomial.legendre.leggauss(NODES), strict=True):
+        t = (1 + float(x)) / 2
+        at = [u * t if i in moving else u for i, u in enumerate(row.tensors)]
+        for i in moving:
+            found[i] += float(weight) / 2 * jacobian(row.run, at, i)
+    return found
+
+
+def check_integrate(name: str) -> None:
+    """Averages of the operation's Jacobians, for all operands and with one of them pruned."""
+    for row in rows(name):
+        one, third = Fraction(1), Fraction(1, 3)
+        count = len(row.operands)
+        ends = {i for i, o in enumerate(row.operands) if o == "attn_mask"}  # held, never scaled
+        for pruned in (None, *range(min(count, 2) if count > 1 else 0)):
+            moving = [i for i in range(count) if i not in ends and i != pruned]
+            slopes = mean_slopes(row, moving)
+            prune = () if pruned is None else (Prune(row.node, row.operands[pruned]),)
+            factor = third if scalable(row) and pruned is not None else one
+            scaled = () if factor == one else (Scale(row.node, factor),)
+            edits = (*prune, Integrate(row.node), *scaled)
+            factors = tuple(None if i == pruned else factor for i in range(count))
+            under = Expectation(edits, factors)
+            close = BENT.get(name, CLOSE)
+            check_point(row, edited(row, edits), row.tensors, under, slopes, close)
+
+
 def check(name: str) -> None:
     """All of a registry entry's edits."""
     found = lookup(name)
@@ -555,6 +593,8 @@ def check(name: str) -> None:
         check_secant(name)
     if "freeze" in found.edits:
         check_freeze(name)
+    if "integrate" in found.edits:
+        check_integrate(name)
     if found.algebra is Algebra.ATTENTION:
         check_attention(name)
 
@@ -568,7 +608,8 @@ def test_every_operation_that_carries_gradient_has_a_row() -> None:
     frozen = {o.name for o in registered() if o.algebra in FROZEN}
     assert {o.name for o in registered()} == {*NAMES, *LEFT_OUT} | frozen
     assert set(EXTRA) | {n for n, _ in NO_DERIVATIVE} <= set(NAMES)
-    assert {e for n in NAMES for e in lookup(n).edits} == {"secant", "freeze"}  # type: ignore[union-attr]
+    known = {e for n in NAMES for e in lookup(n).edits}  # type: ignore[union-attr]
+    assert known == {"secant", "freeze", "integrate"}
 
 
 NORMS = [o.name for o in registered() if o.algebra is Algebra.NORMALISER]
@@ -822,6 +863,19 @@ def plant_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def plant_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Jacobian at the end of the ray for its average."""
+    monkeypatch.setattr(quadrature._Line, "integral", lambda self, pull: pull(1.0))
+
+
+def plant_a_fixed_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operands but the first stay where they are along the ray."""
+    right = quadrature._Ray.at
+    monkeypatch.setattr(
+        quadrature._Ray, "at", lambda self, t, given: [*right(self, t, given)[:1], *given[1:]]
+    )
+
+
 def plain_gelu(u: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(u / 2**0.5)) + u * torch.exp(-u * u / 2) / (2 * math.pi) ** 0.5
 
@@ -851,6 +905,8 @@ PLANTED: Mapping[str, tuple[str, Callable[[Any], None]]] = {
     "a normaliser that is not frozen": ("aten.layer_norm.default", plant_no_freeze),
     "a mean that is frozen": ("aten.native_layer_norm.default", plant_frozen_mean),
     "attention without its mask": (ATTENTION, plant_no_mask),
+    "the derivative for an integral": ("aten.softmax.int", plant_no_ray),
+    "an integral over one operand of two": ("aten.logaddexp.default", plant_a_fixed_operand),
 }
 
 

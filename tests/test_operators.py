@@ -279,6 +279,56 @@ def test_origin_is_the_value_at_zero(name: str) -> None:
     assert (operator.origin == 0) == (operator.algebra is Algebra.ZERO_ORIGIN)
 
 
+SMOOTH = [n for n in NAMES if algebra(n) in (Algebra.SMOOTH, Algebra.ATTENTION)]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_ray_starts_at_a_finite_value(name: str) -> None:
+    """f(0) is finite, f(t u) tends to it, and it is 0 where the entry says that f vanishes."""
+    vanishing = entry(name).vanishes
+    for sample in drawn(name):
+
+        def moved(t: float, only: str = "", sample: Sample = sample) -> list[Tensor]:
+            def along(operand: str, value: Any) -> Any:
+                moves = operand == only if only else operand in sample.live
+                return value * t if moves else value
+
+            return pytree.tree_leaves(run(name, sample, along))
+
+        for start, near in zip(moved(0.0), moved(2.0**-30), strict=True):
+            assert torch.isfinite(start).all()
+            torch.testing.assert_close(near, start, rtol=0, atol=1e-6)
+        if vanishing:
+            assert not any(v.any() for v in moved(0.0, vanishing))
+
+
+# f(t u) with t going to 0 (or to an integer, for a sawtooth): it jumps, or its slope has no bound
+BROKEN: dict[str, tuple[tuple[Any, ...], float]] = {
+    "aten.log.default": ((torch.tensor(2.0),), 0.0),
+    "aten.log2.default": ((torch.tensor(2.0),), 0.0),
+    "aten.log10.default": ((torch.tensor(2.0),), 0.0),
+    "aten.logit.default": ((torch.tensor(0.5),), 0.0),
+    "aten.xlogy.Tensor": ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
+    "aten.pow.Tensor_Tensor": ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
+    "aten.atan2.default": ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
+    "aten.frac.default": ((torch.tensor(2.0),), 0.5),
+}
+
+
+def test_every_singular_operation_has_a_broken_ray() -> None:
+    assert BROKEN.keys() == {n for n in NAMES if algebra(n) is Algebra.SINGULAR}
+    for name, (given, start) in BROKEN.items():
+        assert not entry(name).edits
+
+        def at(t: float, name: str = name, given: Any = given) -> float:
+            return float(overload(name)(*(u.double() * t for u in given)))
+
+        step = 1e-12
+        left, right = at(start - step if start else 0.0), at(start + step)
+        slope = abs(at(start + 2 * step) - right) / step
+        assert not np.isfinite(left) or abs(right - left) > 0.1 or slope > 20, name
+
+
 GRADIENTLESS = [n for n in NAMES if algebra(n) in (Algebra.FREEZING, Algebra.FACTORY)]
 
 

@@ -28,9 +28,10 @@ for _name in "aten.lstm_cell.default aten.gru_cell.default".split():
     register(_name, Algebra.SMOOTH)
 
 for _name in """
-aten.glu.default aten.prod.default aten.prod.dim_int aten.cumprod.default aten.linalg_det.default
+aten.glu.default aten.prod.default aten.prod.dim_int aten.cumprod.default
 """.split():
     register(_name, Algebra.SMOOTH, vanishes="self")
+register("aten.linalg_det.default", Algebra.SMOOTH, vanishes="A")
 
 register(
     "aten.scaled_dot_product_attention.default",
