@@ -276,11 +276,16 @@ def check(
 ) -> None:
     """Check a model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
 
+    category = f"{name}/{policy or 'plain'}"  # the same whether it could be judged or not
+
     def write(report: Report, defined: str) -> None:
-        for file, text in ((json, report.to_json), (junit, lambda: to_junit(report)),
-                           (sarif, lambda: to_sarif(report, defined=defined))):  # fmt: skip
-            if file is not None:
-                file.write_text(text() + "\n", encoding="utf-8")
+        if json is not None:
+            json.write_text(report.to_json() + "\n", encoding="utf-8")
+        if sarif is not None:
+            text = to_sarif(report, defined=defined, category=category)
+            sarif.write_text(text + "\n", encoding="utf-8")
+        if junit is not None:
+            junit.write_text(to_junit(report) + "\n", encoding="utf-8")
 
     def unjudged(why: str) -> None:  # or the files of an earlier run would speak for this one
         write(Report.unjudged(name, policy, why), file_of(name))

@@ -420,6 +420,7 @@ def test_what_cannot_be_judged_replaces_the_files_of_an_earlier_run(project: Pat
         and f"mine/models.py:{line_of('    return nn.Linear(')}" in report.problems[0]
     )
     assert run["invocations"][0]["executionSuccessful"] is False
+    assert run["automationDetails"]["id"] == "fullgrad-theory/mine.models:broken/plain/"
     place = run["results"][0]["locations"][0]["physicalLocation"]
     assert place["artifactLocation"]["uri"] == "mine/models.py"
     assert suites.get("errors") == "1"
