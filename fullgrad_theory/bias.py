@@ -64,7 +64,8 @@ def bias_map(
             return values["bias"]
         if name in _BROADCAST_CHANNEL and alone:
             channels = [1] * output.dim()
-            channels[-output.dim() + 1 if output.dim() > 1 else 0] = -1
+            kernel = values["weight"] if "conv" in name else None
+            channels[1 if kernel is None else 1 - kernel.dim()] = -1  # a batch may be left out
             return values["bias"].reshape(channels)
         if call.operator.algebra is Algebra.HOMOGENEOUS:
             live = [values[n] for n in sorted(call.moving) if isinstance(values[n], Tensor)]

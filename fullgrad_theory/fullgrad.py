@@ -49,9 +49,9 @@ class Run(fx.Interpreter):
         call = self.labels.live.calls[n.name]
         added = bias_map(self.original[n.name], call, args, kwargs, outputs[0].detach())
         parts = added if isinstance(added, (tuple, list)) else [added]
-        if len(parts) > 1:  # what is a constant's alone has a cotangent too
-            outputs = [o if o.requires_grad else o.detach().requires_grad_() for o in outputs]
-            value = outputs
+        if len(parts) > 1:  # a constant's own output lies on no path to the input: lay one
+            live = sum(o.sum() for o in outputs if o.requires_grad)
+            value = outputs = [o + 0.0 * live for o in outputs]
         for output, part in zip(outputs, parts, strict=False):
             if output.requires_grad:
                 output.register_hook(

@@ -313,7 +313,10 @@ def _runs(architecture: Architecture) -> bool:
     except Exception:  # noqa: BLE001  a statement bypassed may leave anything behind
         return False
     outputs = [values[o] for o in architecture.outputs]
-    return all(is_real(v) and v.requires_grad and not v.is_complex() for v in outputs)
+    grown = [t for t in pytree.tree_leaves(values) if is_real(t) and t.grad_fn is not None]
+    return all("NotImplemented" not in t.grad_fn.name() for t in grown) and all(
+        is_real(v) and v.requires_grad and not v.is_complex() for v in outputs
+    )
 
 
 # --------------------------------------------------------------------------- many

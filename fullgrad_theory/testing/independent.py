@@ -212,7 +212,11 @@ class Tracker:
             self.values[k][node] = self.values[k][source][index]
             self.tangents[k][node] = self.tangents[k][source][index]
         self.live[node] = (self.live[source][index],)
-        if source in self.moving:
+        values = [self.values[k][node] for k in range(self.count)]
+        # one of several outputs may be made of constants alone (meshgrid): the same at all points
+        still = not self.live[node][0] and is_real(values[0])
+        still = still and all(torch.equal(values[0], v) for v in values[1:])
+        if source in self.moving and not still:
             self.moving.add(node)
             self.locals[node] = (self.locals[source][index],)
         self.edges[node] = {source} if self.live[node][0] else set()

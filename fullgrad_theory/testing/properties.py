@@ -75,7 +75,7 @@ def check_properties(architecture: Architecture, thorough: bool = True) -> Outco
     except (TraceError, UnregisteredOperationError) as error:
         return Outcome("refused", reason=f"{type(error).__name__}: {error}")
     except Exception as error:
-        raise PropertyError("no crash", f"{type(error).__name__}: {error}") from error
+        raise PropertyError(f"no crash by {type(error).__name__}", str(error)) from error
 
 
 def _require(holds: bool, name: str, message: str) -> None:
@@ -91,6 +91,9 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         report = check_completeness(graph)
         points = _points(architecture, model)
         plain, divisors = _plainly(graph, points)
+        if plain.complete and not _complete(report):  # look for a witness at more points
+            points = _points(architecture, model, many=True)
+            plain, divisors = _plainly(graph, points)
         unwitnessed = _same_verdict(report, plain, "plain")
         try:
             plan = derive_rules(graph)
@@ -111,6 +114,8 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         mended = check_completeness(graph, policy=plan)
         labels = degrees(graph, plan.edits)
         edited, tracker = evaluate(balanced.fx, points, divisors)
+        if edited.complete and not _complete(mended):
+            edited, tracker = evaluate(balanced.fx, _points(architecture, model, True), divisors)
         _same_verdict(mended, edited, "libra")
         _same_degrees(labels, edited, tracker)
         _honest(graph, plan, tracker)
@@ -127,14 +132,12 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
 # --------------------------------------------------------------------------- (b) the verdict
 
 
-def _points(architecture: Architecture, model: nn.Module) -> list[tuple[Any, ...]]:
+def _points(
+    architecture: Architecture, model: nn.Module, many: bool = False
+) -> list[tuple[Any, ...]]:
     """Inputs at which the model is finite: its own, and others of other sizes."""
-    tried = [
-        architecture.example(),
-        architecture.example(seed=1),
-        architecture.example(seed=2, scale=2.5),
-        architecture.example(seed=3, scale=0.4),
-    ]
+    scales = (1.0, -1.0, 2.5, 0.4, -2.0, 1.5) * (4 if many else 1)
+    tried = [architecture.example(seed=i // 2, scale=s) for i, s in enumerate(scales)]
     with torch.no_grad():
         finite = [
             point
@@ -143,7 +146,7 @@ def _points(architecture: Architecture, model: nn.Module) -> list[tuple[Any, ...
         ]
     if len(finite) < 2 or finite[0] is not tried[0]:
         raise Unjudged("the output is not finite at these points")
-    return finite[:3]
+    return finite if many else finite[:3]
 
 
 def _floats(tree: Any) -> list[Tensor]:

@@ -332,7 +332,7 @@ class _Builder:
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
             raise _Refused(str(error)) from error
         for made in _outputs_of(value):
-            if made.grad_fn is not None and made.grad_fn.name() == "NotImplemented":
+            if made.grad_fn is not None and "NotImplemented" in made.grad_fn.name():
                 raise _Refused("torch has no derivative of it")
         _sane(value, lookup(target))
         self.statements.append(statement)
