@@ -509,6 +509,8 @@ class _Builder:
             return self.emit("aten.add.Tensor", live, still)
         if how == 4:
             return self.emit("aten.mul.Tensor", live, self.emit("aten.add.Scalar", still, 1.0))
+        # never the live value itself, detached: everything would tie
+        still = self.emit("aten.mul.Tensor", still, self.weight(self.tensor(live).shape))
         return self.emit("aten.maximum.default", live, still)
 
     def registry(self) -> Value:
@@ -591,8 +593,9 @@ class _Builder:
         turned = self.emit("aten.transpose.int", k, 1, 2)
         scores = self.emit("aten.matmul.default", q, turned)
         if self.draw(0, 2) == 2:
-            mask = self.emit("aten.masked_fill.Scalar", scores, self.weight((3, 3), "mask"), -1e9)
-            scores = mask
+            # not -1e9, beside which the other scores' digits are nothing
+            hidden = self.weight((3, 3), "mask")
+            scores = self.emit("aten.masked_fill.Scalar", scores, hidden, -30.0)
         probabilities = self.emit("aten.softmax.int", scores, -1)
         return self.emit("aten.matmul.default", probabilities, v)
 
