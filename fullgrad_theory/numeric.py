@@ -232,9 +232,7 @@ def rounding(graph: ComputationGraph) -> float:
 
 @lru_cache(1)
 def _long_draw(seed: int) -> Tensor:
-    draw = torch.randn(
-        1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    draw = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.cat([draw, draw])
 
 

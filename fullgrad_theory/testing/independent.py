@@ -100,15 +100,11 @@ class Bound:
         self.leaves = [fetch(a) if isinstance(a, fx.Node) else a for a in leaves]
         self.places = [
             Place(label, value, leaf if isinstance(leaf, fx.Node) else None, i)
-            for i, (label, leaf, value) in enumerate(
-                zip(labels, leaves, self.leaves, strict=True)
-            )
+            for i, (label, leaf, value) in enumerate(zip(labels, leaves, self.leaves, strict=True))
         ]
         self.scalars = scalars
 
-    def _labels(
-        self, args: list[Any], kwargs: dict[str, Any], names: Sequence[str]
-    ) -> list[str]:
+    def _labels(self, args: list[Any], kwargs: dict[str, Any], names: Sequence[str]) -> list[str]:
         labels: list[str] = []
         given = [(names[i] if i < len(names) else str(i), a) for i, a in enumerate(args)]
         for name, value in [*given, *kwargs.items()]:
@@ -176,7 +172,8 @@ class Tracker:
         moving = any(n in self.moving for n in node.all_input_nodes)
         name = getattr(node.target, "__name__", str(node.target))
         if node.target is operator.getitem and isinstance(
-            self.values[0][node.args[0]], (tuple, list)  # type: ignore[index]
+            self.values[0][node.args[0]],
+            (tuple, list),  # type: ignore[index]
         ):
             self._item(node)
             return
@@ -221,9 +218,7 @@ class Tracker:
             self.locals[node] = (self.locals[source][index],)
         self.edges[node] = {source} if self.live[node][0] else set()
 
-    def _push(
-        self, bound: Bound, k: int
-    ) -> tuple[Any, Any, tuple[bool, ...], set[fx.Node]]:
+    def _push(self, bound: Bound, k: int) -> tuple[Any, Any, tuple[bool, ...], set[fx.Node]]:
         """A call's value, its Jacobian times its operands' tangents, which outputs carry gradient,
         and from which operands."""
         fresh: dict[int, Tensor] = {}
@@ -323,8 +318,8 @@ class Tracker:
             number = isinstance(place.value, (int, float)) and not isinstance(place.value, bool)
             if place.node is not None and place.node not in self.moving and is_real(place.value):
                 yield place
-            elif number and place.node is None and place.label in bound.scalars and place.value:
-                if node.name not in self.divisors:
+            elif number and place.node is None and node.name not in self.divisors:
+                if place.label in bound.scalars and place.value:
                     yield place
 
     def _origin(self, node: fx.Node, bounds: list[Bound]) -> list[tuple[str, list[Tensor]]]:

@@ -324,8 +324,12 @@ class _Builder:
 
     def emit(self, target: str, *args: Any, **kwargs: Any) -> Value:
         """Add a call and run it; `_Refused` where torch refuses or the value is not sane."""
-        statement = Statement(target, _frozen(args), tuple((k, _frozen(v)) for k, v in kwargs.items()))
-        given, named = pytree.tree_map(self._runtime, (_lists(statement.args), dict(statement.kwargs)))
+        statement = Statement(
+            target, _frozen(args), tuple((k, _frozen(v)) for k, v in kwargs.items())
+        )
+        given, named = pytree.tree_map(
+            self._runtime, (_lists(statement.args), dict(statement.kwargs))
+        )
         given, named = tuple(given), {k: _lists(v) for k, v in named.items()}
         try:
             value = overload(target)(*given, **named)
@@ -370,9 +374,7 @@ class _Builder:
 
     def data(self, tensor: Tensor) -> Weight:
         """An index tensor of a sample call, as a buffer."""
-        spec = WeightSpec(
-            tuple(tensor.shape), str(tensor.dtype), 0, True, _frozen(tensor.tolist())
-        )
+        spec = WeightSpec(tuple(tensor.shape), str(tensor.dtype), 0, True, _frozen(tensor.tolist()))
         return self._keep(spec, tensor)
 
     def _keep(self, spec: WeightSpec, tensor: Tensor) -> Weight:
@@ -697,7 +699,9 @@ def _outputs_of(value: Any) -> list[Tensor]:
 
 def _sane(value: Any, found: Any) -> None:
     for tensor in pytree.tree_leaves(value):
-        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        if not isinstance(tensor, Tensor) or not (
+            tensor.is_floating_point() or tensor.is_complex()
+        ):
             continue
         size = tensor.detach().abs()
         masked = found is not None and ("masked_fill" in found.name or "empty" in found.name)
@@ -793,12 +797,6 @@ def architectures(draw: st.DrawFn) -> Architecture:
     assume(made is not None)
     assert made is not None
     return made
-
-
-def each_operation(seed: int = 0) -> Iterator[tuple[str, Architecture | None]]:
-    """Every drawable operation with the first program found that calls it, None if there is none."""
-    for name in drawable():
-        yield name, calling(name, seed)
 
 
 def calling(name: str, seed: int = 0, attempts: int = 60) -> Architecture | None:
