@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, cached_property
@@ -262,12 +262,14 @@ def _decode(leaf: Any) -> Any:
     if not isinstance(leaf, dict):
         return leaf
     ((kind, content),) = leaf.items()
-    return {
+    if kind == "dtype":
+        return getattr(torch, content)
+    made: dict[str, Callable[[Any], Any]] = {
         "Value": Value,
         "Weight": Weight,
-        "dtype": lambda name: getattr(torch, name),
         "device": torch.device,
-    }[kind](content)
+    }
+    return made[kind](content)
 
 
 # --------------------------------------------------------------------------- drawing
