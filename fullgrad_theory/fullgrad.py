@@ -51,9 +51,9 @@ class Run(fx.Interpreter):
         call = self.labels.live.calls[n.name]
         known = [output.detach() for output in outputs]
         maps = bias_maps(self.original[n.name], call, args, kwargs, known)
-        if len(maps) > 1:  # an output that is a constant's alone has a cotangent too
-            outputs = [o if o.requires_grad else o.detach().requires_grad_() for o in outputs]
-            value = outputs
+        if len(maps) > 1:  # a constant's own output lies on no path to the input: lay one
+            live = sum(o.sum() for o in outputs if o.requires_grad)
+            value = outputs = [o if o.requires_grad else o + 0.0 * live for o in outputs]
         for index, (output, added) in enumerate(zip(outputs, maps, strict=False)):
             if output.requires_grad:
                 key = n.name if len(maps) == 1 else f"{n.name}[{index}]"

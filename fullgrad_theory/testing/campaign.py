@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ CONTEXTS = (
 
 @dataclass
 class Tally:
-    """What came of some examples. `coverage` counts (operation, context)."""
+    """What came of some examples. `coverage` counts (operation, context); `seconds` are of CPU."""
 
     examples: int = 0
     seconds: float = 0.0
@@ -313,7 +313,10 @@ def _runs(architecture: Architecture) -> bool:
     except Exception:  # noqa: BLE001  a statement bypassed may leave anything behind
         return False
     outputs = [values[o] for o in architecture.outputs]
-    return all(is_real(v) and v.requires_grad and not v.is_complex() for v in outputs)
+    grown = [t for t in pytree.tree_leaves(values) if is_real(t) and t.grad_fn is not None]
+    return all("NotImplemented" not in t.grad_fn.name() for t in grown) and all(
+        is_real(v) and v.requires_grad and not v.is_complex() for v in outputs
+    )
 
 
 # --------------------------------------------------------------------------- many
@@ -323,12 +326,12 @@ def run_chunk(first: int, count: int) -> Tally:
     """The examples of some consecutive seeds, in this process, on one thread."""
     torch.set_num_threads(1)
     total = Tally()
-    start = monotonic()
+    start = process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for seed in range(first, first + count):
             total.add(run_example(seed))
-    total.seconds = monotonic() - start
+    total.seconds = process_time() - start
     return total
 
 
@@ -461,10 +464,11 @@ def summary(campaign: Campaign) -> str:
     """A campaign as Markdown: outcomes, edits, coverage, failures."""
     tally = campaign.tally
     speed = tally.examples / campaign.wall if campaign.wall else 0.0
+    alone = tally.examples / tally.seconds if tally.seconds else 0.0
     lines = [
         f"# {tally.examples} random architectures, seed {campaign.seed}",
         "",
-        f"{speed:.1f} a second in {campaign.jobs} process(es).",
+        f"{speed:.1f} a second in {campaign.jobs} process(es); {alone:.1f} a second of CPU time.",
         "",
         "| outcome | architectures |",
         "|---|---:|",

@@ -171,9 +171,10 @@ class Tracker:
     def _call(self, node: fx.Node) -> None:
         moving = any(n in self.moving for n in node.all_input_nodes)
         name = getattr(node.target, "__name__", str(node.target))
+        source: Any = node.args[0] if node.args else None
         if node.target is operator.getitem and isinstance(
-            self.values[0][node.args[0]],
-            (tuple, list),  # type: ignore[index]
+            self.values[0][source],
+            (tuple, list),
         ):
             self._item(node)
             return
@@ -209,7 +210,11 @@ class Tracker:
             self.values[k][node] = self.values[k][source][index]
             self.tangents[k][node] = self.tangents[k][source][index]
         self.live[node] = (self.live[source][index],)
-        if source in self.moving:
+        values = [self.values[k][node] for k in range(self.count)]
+        # one of several outputs may be made of constants alone (meshgrid): the same at all points
+        still = not self.live[node][0] and is_real(values[0])
+        still = still and all(torch.equal(values[0], v) for v in values[1:])
+        if source in self.moving and not still:
             self.moving.add(node)
             self.locals[node] = (self.locals[source][index],)
         self.edges[node] = {source} if self.live[node][0] else set()
@@ -282,7 +287,7 @@ class Tracker:
     ) -> list[tuple[str, list[Tensor]]]:
         """The constants that may be leaves, and what each contributes at every point: the same
         when a frozen operand moves."""
-        found = []
+        found: list[tuple[str, list[Tensor]]] = []
         moving = [
             p.index
             for p in bounds[0].places
@@ -295,28 +300,29 @@ class Tracker:
         ]  # fmt: skip
         with torch.no_grad():
             for place in self._constants(node, bounds[0]):
-                here = [_ray(b, place.index, item, {}) for b in bounds]
-                there = [_ray(b, place.index, item, n) for b, n in zip(bounds, nudged, strict=True)]
-                if any(x is None for x in (*here, *there)):
+                here = _rays(bounds, place.index, item, [{}] * self.count)
+                there = _rays(bounds, place.index, item, nudged)
+                if here is None or there is None:
                     continue
-                sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]  # type: ignore[union-attr]
+                sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]
                 same = all(
-                    float((x - y).abs().max()) <= 1e-9 * max(1.0, s)  # type: ignore[operator]
-                    for x, y, s in zip(here, there, sizes, strict=True)
+                    float((x - y).abs().max()) <= 1e-9 * max(1.0, size)
+                    for x, y, size in zip(here, there, sizes, strict=True)
                 )
                 if same and max(sizes) > 1e-12:
                     found.append((place.label, here))
-            found += self._origin(node, bounds)
-        return found  # type: ignore[return-value]
+        return found + self._origin(node, bounds)
 
     def _constants(self, node: fx.Node, bound: Bound) -> Iterator[Place]:
+        literals = set() if node.name in self.divisors else bound.scalars
         for place in bound.places:
             number = isinstance(place.value, (int, float)) and not isinstance(place.value, bool)
-            if place.node is not None and place.node not in self.moving and is_real(place.value):
+            if place.node is not None:
+                held = place.node not in self.moving and is_real(place.value)
+            else:
+                held = number and place.label in literals and bool(place.value)
+            if held:
                 yield place
-            elif number and place.node is None and place.label in bound.scalars and place.value:
-                if node.name not in self.divisors:
-                    yield place
 
     def _origin(self, node: fx.Node, bounds: list[Bound]) -> list[tuple[str, list[Tensor]]]:
         """f(0) of a rule that integrates from zero: the call with its live operands at zero."""
@@ -393,6 +399,15 @@ def _by_rows(
         pairs = zip(grads, tangents, strict=True)
         rows.append(sum(((g * t).sum() for g, t in pairs if g is not None), output.new_zeros(())))
     return torch.stack(rows).reshape(output.shape).detach(), reached
+
+
+def _rays(
+    bounds: list[Bound], index: int, item: int, replaced: list[dict[int, Any]]
+) -> list[Tensor] | None:
+    """`_ray` at every point, None where it is None at one."""
+    rays = [_ray(b, index, item, r) for b, r in zip(bounds, replaced, strict=True)]
+    found = [ray for ray in rays if ray is not None]
+    return found if len(found) == len(rays) else None
 
 
 def _ray(bound: Bound, index: int, item: int, replaced: dict[int, Any]) -> Tensor | None:

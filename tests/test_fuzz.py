@@ -1,0 +1,305 @@
+"""Random architectures: that every property holds of them, and that what checks them can fail."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, find, given, settings
+from typer.testing import CliRunner
+
+import fullgrad_theory as fgt
+from fullgrad_theory import cli
+from fullgrad_theory.errors import InputError
+from fullgrad_theory.operators import registered
+from fullgrad_theory.rules import Edit, Prune, Scale
+from fullgrad_theory.testing import campaign as campaigns
+from fullgrad_theory.testing import properties
+from fullgrad_theory.testing.campaign import Campaign, Tally, load_failure, shrink
+from fullgrad_theory.testing.independent import evaluate
+from fullgrad_theory.testing.properties import PropertyError, check_properties
+from fullgrad_theory.testing.strategies import (
+    NOT_DRAWN,
+    Architecture,
+    architectures,
+    calling,
+    drawable,
+    from_data,
+    random_architecture,
+    to_data,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).resolve().parent.parent
+DATABASE = sorted((ROOT / "experiments" / "fuzz" / "failures").glob("*.json"))
+QUIET = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
+
+
+def some_architectures(count: int, first: int = 50_000) -> Iterator[Architecture]:
+    made = (random_architecture(seed) for seed in range(first, first + 2 * count))
+    found = [a for a in made if a is not None]
+    return iter(found[:count])
+
+
+# --------------------------------------------------------------------------- the properties
+
+
+@settings(max_examples=120, **QUIET)
+@given(architectures())
+def test_every_property_holds(architecture: Architecture) -> None:
+    check_properties(architecture, thorough=architecture.seed % 16 == 0)
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in DATABASE])
+def test_what_failed_once_holds_now(path: Path) -> None:
+    architecture, data = load_failure(path)
+    if "open" in data:
+        with pytest.raises(PropertyError):
+            check_properties(architecture)
+        pytest.xfail(data["open"])
+    check_properties(architecture)
+
+
+# --------------------------------------------------------------------------- the strategies
+
+
+def test_every_registered_operation_is_drawn_or_listed() -> None:
+    names = {o.name for o in registered()}
+    assert NOT_DRAWN.keys() <= names, "a reason for an operation that is not registered"
+    assert set(drawable()) | NOT_DRAWN.keys() == names
+    missing = [name for name in drawable() if calling(name) is None]
+    assert not missing, "no architecture calls these; say why in NOT_DRAWN"
+
+
+def test_a_program_is_its_source() -> None:
+    for architecture in some_architectures(60):
+        names: dict[str, Any] = {}
+        exec(architecture.source(), names)
+        made, module = names["Architecture"]().eval(), architecture.module()
+        ours, theirs = made.state_dict(), module.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+        inputs = architecture.example()
+        with torch.no_grad():
+            assert properties._same_bits(made(*inputs), module(*inputs))
+        assert from_data(json.loads(json.dumps(to_data(architecture)))) == architecture
+
+
+def test_a_seed_is_a_program() -> None:
+    drawn = [random_architecture(seed) for seed in range(40)]
+    assert drawn == [random_architecture(seed) for seed in range(40)]
+    assert len({a for a in drawn if a}) > 35
+
+
+def test_nothing_unread_is_left() -> None:
+    for architecture in some_architectures(60):
+        count = len(architecture.inputs)
+        read = set(architecture.outputs)
+        for place, statement in reversed(list(enumerate(architecture.statements))):
+            assert place + count in read
+            read |= set(statement.reads)
+        assert set(range(count)) <= read
+
+
+def test_hypothesis_shrinks_to_the_fault_alone() -> None:
+    found = find(
+        architectures(),
+        lambda a: "aten.gelu.default" in a.calls and len(a.weights) > 0,
+        settings=settings(max_examples=400, **QUIET),
+    )
+    assert len(found.statements) <= 3
+
+
+def test_a_campaign_shrinks_to_the_fault_alone() -> None:
+    def fails(architecture: Architecture) -> bool:
+        return "aten.layer_norm.default" in architecture.calls
+
+    large = next(a for a in some_architectures(400) if fails(a) and len(a.statements) > 12)
+    small = shrink(large, fails)
+    assert fails(small) and len(small.statements) <= 4
+    small.module()(*small.example())
+
+
+# --------------------------------------------------------------------------- planted faults
+
+
+def _lost(edits: tuple[Edit, ...], place: int) -> tuple[Edit, ...]:
+    return edits[:place] + edits[place + 1 :]
+
+
+def _scaled(by: Fraction) -> Callable[[tuple[Edit, ...], int], tuple[Edit, ...]]:
+    def change(edits: tuple[Edit, ...], place: int) -> tuple[Edit, ...]:
+        edit = edits[place]
+        return (*edits, Scale(edit.node, by)) if not isinstance(edit, Prune) else edits
+
+    return change
+
+
+FAULTS = {
+    "a lost edit": _lost,
+    "a wrong factor": _scaled(Fraction(3, 2)),
+    "a wrong sign": _scaled(Fraction(-1)),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_the_independent_verdict_sees_a_fault(fault: str) -> None:
+    """It is complete under the plan, and under no plan with one edit gone wrong."""
+    tried = 0
+    for architecture in some_architectures(60):
+        model = architecture.module()
+        graph = fgt.trace(model, architecture.example())
+        try:
+            plan = fgt.derive_rules(graph)
+            points = properties._points(architecture, model)
+        except (fgt.FullgradError, properties.Unjudged):
+            continue
+        if not plan.edits or len(graph.outputs) > 1:
+            continue
+        _, divisors = properties._plainly(graph, points)
+        right, _ = evaluate(fgt.balance(graph, policy=plan).fx, points, divisors)
+        if right.zero or right.flat:
+            continue
+        assert right.complete
+        for place in range(len(plan.edits)):
+            edits = FAULTS[fault](plan.edits, place)
+            if edits == plan.edits:
+                continue
+            wrong = replace(plan, edits=edits)
+            found, _ = evaluate(fgt.balance(graph, policy=wrong).fx, points, divisors)
+            assert not found.complete, (architecture.source(), plan.edits[place])
+            tried += 1
+        if tried > 25:
+            return
+    assert tried > 15
+
+
+def test_a_fault_in_the_library_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that is off by a hundredth: the campaign meets it, shrinks it and says which edit."""
+    from fullgrad_theory import gates
+
+    right = gates.GATES["aten.tanh.default"]
+    monkeypatch.setitem(gates.GATES, "aten.tanh.default", lambda u: 1.01 * right(u))
+    architecture = next(
+        a
+        for a in some_architectures(400)
+        if "aten.tanh.default" in a.calls and len(a.statements) > 4 and _is_mended_by_secant(a)
+    )
+    with pytest.raises(PropertyError):
+        check_properties(architecture)
+    small = shrink(architecture, lambda a: _fails(a), seconds=30)
+    assert len(small.statements) <= 4 and "aten.tanh.default" in small.calls
+
+
+def _is_mended_by_secant(architecture: Architecture) -> bool:
+    try:
+        plan = fgt.derive_rules(architecture.module(), architecture.example())
+    except fgt.FullgradError:
+        return False
+    return any(str(e).startswith("secant tanh") for e in plan)
+
+
+def _fails(architecture: Architecture) -> bool:
+    try:
+        check_properties(architecture, thorough=False)
+    except PropertyError:
+        return True
+    return False
+
+
+# --------------------------------------------------------------------------- campaigns
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Examples that are drawn and not checked, so that campaigns are quick."""
+    ran: list[int] = []
+
+    def example(seed: int) -> Tally:
+        ran.append(seed)
+        tally = Tally(1)
+        tally.outcomes["complete"] += 1
+        architecture = random_architecture(seed)
+        if architecture is not None:
+            tally.coverage.update(campaigns.contexts(architecture))
+        return tally
+
+    monkeypatch.setattr(campaigns, "run_example", example)
+    return ran
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress bar."""
+
+
+def test_a_campaign_goes_on_where_it_was(tmp_path: Path, cheap: list[int]) -> None:
+    Campaign(40, seed=3, out=tmp_path).run(silent)
+    assert len(cheap) == 40
+    longer = Campaign(90, seed=3, out=tmp_path)
+    tally = longer.run(silent)
+    assert len(cheap) == 90 and len(set(cheap)) == 90
+    assert tally.examples == 90 and tally.outcomes["complete"] == 90
+    longer.write_summary()
+    assert json.loads((tmp_path / "summary.json").read_text())["examples"] == 90
+    assert "90 random architectures" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_folder_holds_one_campaign(tmp_path: Path, cheap: list[int]) -> None:
+    Campaign(20, seed=3, out=tmp_path).run(silent)
+    with pytest.raises(InputError, match="seed 3"):
+        Campaign(20, seed=4, out=tmp_path).run(silent)
+
+
+def test_a_failure_is_written_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(architecture: Architecture, thorough: bool) -> None:
+        if "aten.relu.default" in architecture.calls:
+            raise PropertyError("planted", "relu is called")
+
+    seeds = (s for s in range(60_000, 61_000) if (a := random_architecture(s)) and _calls_relu(a))
+    tally = campaigns.run_example(next(seeds), check)
+    (failure,) = tally.failures
+    path = campaigns.save_failure(tmp_path, failure)
+    architecture, data = load_failure(path)
+    assert data["property"] == "planted" and _calls_relu(architecture)
+    assert len(architecture.statements) <= 3
+    assert Tally.from_data(json.loads(json.dumps(tally.to_data()))) == tally
+
+
+def _calls_relu(architecture: Architecture) -> bool:
+    return "aten.relu.default" in architecture.calls
+
+
+def test_contexts_are_what_they_say() -> None:
+    draw = random.Random(0)
+    seen = {c for a in some_architectures(150, draw.randrange(10**6)) for _, c in
+            campaigns.contexts(a)}  # fmt: skip
+    assert seen == set(campaigns.CONTEXTS)
+
+
+def test_the_command_exits_with_what_it_found(
+    tmp_path: Path, cheap: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = CliRunner()
+    good = runner.invoke(cli.app, ["fuzz", "--examples", "5", "--out", str(tmp_path)])
+    assert good.exit_code == 0 and "5 random architectures" in good.output
+    file = tmp_path / "file"
+    file.write_text("")
+    assert runner.invoke(cli.app, ["fuzz", "--out", str(file)]).exit_code == 2
+    bad = Tally(1, failures=[{"seed": 1, "property": "p", "message": "m"}])
+    monkeypatch.setattr(campaigns, "run_example", lambda seed: bad)
+    assert runner.invoke(cli.app, ["fuzz", "--examples", "1"]).exit_code == 1
