@@ -107,8 +107,9 @@ def liveness(graph: ComputationGraph) -> Liveness:
                     refused = found.refuses(call.arguments) if found.refuses else None
                     if refused:
                         raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
-                    calls[node.name] = call
-                    state = _result(found, node, call, states)
+                    if call.moving:
+                        calls[node.name] = call
+                        state = _result(found, node, call, states)
         states[node.name] = state
     if unknown:
         lines = [
@@ -142,6 +143,8 @@ def _call(op: Operator, node: fx.Node, states: Mapping[str, tuple[State, ...]]) 
         for o in every
         if o.node is not None and _most(states[o.node.name]) is not State.CONSTANT
     )
+    if op.algebra is Algebra.STRUCTURAL:  # with exponent 0: lends its shape, not its values
+        moving = frozenset(n for n in moving if f"{n}^0" not in op.signature)
     return Call(op, every, arguments, moving)
 
 
