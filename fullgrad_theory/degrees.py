@@ -138,11 +138,7 @@ def _walk(graph: ComputationGraph) -> tuple[Liveness, dict[str, Call]]:
                     refused = found.refuses(call.arguments) if found.refuses else None
                     if refused:
                         raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
-<<<<<<< HEAD
                     if call.moving:  # else the input lends a shape
-=======
-                    if call.moving:
->>>>>>> review
                         calls[node.name] = call
                         state = _result(found, node, call, states)
         states[node.name] = state
@@ -167,8 +163,6 @@ def _call(op: Operator, node: fx.Node, states: Mapping[str, tuple[State, ...]]) 
         and o.name not in op.shapes
         and _most(states[o.node.name]) is not State.CONSTANT
     )
-    if op.algebra is Algebra.STRUCTURAL:  # with exponent 0: lends its shape, not its values
-        moving = frozenset(n for n in moving if f"{n}^0" not in op.signature)
     return Call(op, every, arguments, moving)
 
 
