@@ -58,6 +58,7 @@ from .trace import (
 LOCAL_TOLERANCE = 1e-9
 TOLERANCE = 1e-10
 OWN_TOLERANCE = 1e-6
+LEAST_SHARE = 1e-6
 LOW_PRECISION_TOLERANCE = 1e-2
 _PROBABILITIES = {
     "aten.softmax.int",
@@ -79,6 +80,8 @@ def check_completeness(
     on_progress: Tick | None = None,
     unknown: str = "error",
     leaves: Collection[LeafSpec] = (),
+    beside: Collection[torch.dtype] = (torch.float32, torch.bfloat16),
+    least_share: float = LEAST_SHARE,
 ) -> Report:
     """Whether the gradient of `model` (with a policy's edits, if given) is FullGrad-complete.
 
@@ -86,7 +89,9 @@ def check_completeness(
     backward under random cotangents, and <c, f> against <x, G_x> + sum <b, G_b> end to end, on
     parameters as they are and perturbed. `tolerance` is relative. `unknown="measure"` measures
     operations that nobody registered as black boxes (verdict numeric at most); `leaves` as in
-    `trace`. Raises what `trace` raises, and `NonFiniteError`; what cannot be judged is reported.
+    `trace`. Residuals in the dtypes `beside` are shown, not judged. An input that gets less than
+    `least_share` of the output is a problem: the sum may be perfect, and explains nothing.
+    Raises what `trace` raises, and `NonFiniteError`; what cannot be judged is reported.
     """
     bar = nullcontext(on_progress) if on_progress else progress("checking")
     with bar as tick, torch.inference_mode(False):
@@ -95,7 +100,7 @@ def check_completeness(
             graph, policy = model.graph, policy or model.plan
         else:
             graph = graph_of(model, inputs, leaves, unknown)  # type: ignore[arg-type]
-        audit = _Audit(graph, tolerance, seed, tick)
+        audit = _Audit(graph, tolerance, seed, tick, tuple(beside), least_share)
         audit.structure(policy)
         if numeric and graph.is_meta:
             audit.notes.append("meta tensors have no values: the verdict is structural")
@@ -149,6 +154,8 @@ class _Audit:
     tolerance: float
     seed: int
     tick: Tick
+    beside: tuple[torch.dtype, ...] = ()
+    least_share: float = 0.0
     plan: Plan | None = None
     policy: str | None = None
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -156,6 +163,7 @@ class _Audit:
     mends: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     measurements: list[EndToEnd] = field(default_factory=list)
+    shown: list[EndToEnd] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unjudged: bool = False
@@ -262,6 +270,12 @@ class _Audit:
                 "the output is zero at the model's own parameters; judged at perturbed ones"
             )
         worst = largest(m.relative for m in self.measurements)
+        share = largest(abs(m.input_share) for m in self.measurements)
+        if self.measurements and share < self.least_share:
+            self.problems.append(
+                f"the input gets {share:.1e} of the output, the biases the rest: whatever adds up "
+                "there explains nothing; least_share=0 lets it pass"
+            )
         if self.modified:
             self._set_nodes_aside(worst <= self.tolerance)
         sound = all(v in (Verdict.PROVED, Verdict.NUMERIC) for v in self.verdicts.values())
@@ -285,6 +299,23 @@ class _Audit:
             plain.labels = degrees(self.graph, (), self.labels.live)
             module = widened(rewrite(self.graph, (), root))
             self.error_before = plain._end_to_end("unedited", module, None, moved)
+        judged = [*self.measurements]
+        for dtype in self.beside:
+            self._show(dtype, root, moved)
+        self.shown, self.measurements = self.measurements[len(judged) :], judged
+
+    def _show(self, dtype: torch.dtype, root: fx.GraphModule, inputs: list[Any]) -> None:
+        """The residual of the whole in another precision; nothing follows from it."""
+        root._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        module = rewrite(self.graph, self.plan.edits if self.plan else (), root)
+        cast = [
+            t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
+        ]
+        try:
+            self._end_to_end("perturbed parameters", module, None, cast)
+        except (RuntimeError, NonFiniteError) as error:
+            said = next((line for line in str(error).splitlines() if line.strip()), "")
+            self.notes.append(f"it does not run in {str(dtype).removeprefix('torch.')}: {said}")
 
     def _set_nodes_aside(self, complete: bool) -> None:
         """A backward that the trace does not show is judged by its end-to-end residual alone."""
@@ -364,10 +395,9 @@ class _Audit:
             through_input, value_own = found_own or (through_input, value_own)
         through_biases = sum(biases.values())
         absolute = abs(value_own - through_input - through_biases)
-        absolute = absolute if absolute == absolute else float("inf")  # nan: 0 times infinity
         found = EndToEnd(
             where,
-            "float64",
+            str(value.dtype).removeprefix("torch."),
             absolute,
             absolute / magnitude,
             through_input / value_own if value_own else float("nan"),
@@ -487,7 +517,7 @@ class _Audit:
             else None,
             error_before=self.error_before,
             nodes=tuple(self._node(name) for name in self.verdicts),
-            measurements=tuple(self.measurements),
+            measurements=(*self.measurements, *self.shown),
             plan=self.plan,
             problems=tuple(dict.fromkeys(self.problems)),
             notes=tuple(dict.fromkeys(self.notes)),

@@ -88,7 +88,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
     inputs = architecture.example()
     with _untouched(model):
         graph = trace(model, inputs)
-        report = check_completeness(graph)
+        report = check_completeness(graph, beside=(), least_share=0.0)
         points = _points(architecture, model)
         plain, divisors = _plainly(graph, points)
         if plain.complete and not _complete(report):  # look for a witness at more points
@@ -111,7 +111,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         _deterministic(graph, plan, model, inputs, thorough)
         balanced = balance(graph, policy=plan)
         _forward_kept(balanced, model, inputs, architecture)
-        mended = check_completeness(graph, policy=plan)
+        mended = check_completeness(graph, policy=plan, beside=(), least_share=0.0)
         labels = degrees(graph, plan.edits)
         edited, tracker = evaluate(balanced.fx, points, divisors)
         if edited.complete and not _complete(mended):
