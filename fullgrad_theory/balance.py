@@ -133,6 +133,7 @@ def rewrite(
         if held and nodes[name].target is aten.scaled_dot_product_attention.default:
             nodes[name].target = backward.attention
     copied.lint()
+    copied._tracer_cls = None  # torch 2.11's export leaves one that cannot trace what is unpickled
     module = fx.GraphModule(graph.fx if root is None else root, copied, "Balanced")
     module.eval()
     return module
