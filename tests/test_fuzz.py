@@ -117,10 +117,10 @@ def test_nothing_unread_is_left() -> None:
 def test_hypothesis_shrinks_to_the_fault_alone() -> None:
     found = find(
         architectures(),
-        lambda a: "aten.gelu.default" in a.calls and len(a.weights) > 0,
+        lambda a: "aten.gelu.default" in a.calls,
         settings=settings(max_examples=400, **QUIET),
     )
-    assert len(found.statements) <= 3
+    assert len(found.statements) <= 2
 
 
 def test_a_campaign_shrinks_to_the_fault_alone() -> None:
@@ -161,8 +161,8 @@ def test_the_independent_verdict_sees_a_fault(fault: str) -> None:
     tried = 0
     for architecture in some_architectures(60):
         model = architecture.module()
-        graph = fgt.trace(model, architecture.example())
         try:
+            graph = fgt.trace(model, architecture.example())
             plan = fgt.derive_rules(graph)
             points = properties._points(architecture, model)
         except (fgt.FullgradError, properties.Unjudged):
@@ -277,7 +277,8 @@ def test_a_failure_is_written_and_read_back(
     architecture, data = load_failure(path)
     assert data["property"] == "planted" and _calls_relu(architecture)
     assert len(architecture.statements) <= 3
-    assert Tally.from_data(json.loads(json.dumps(tally.to_data()))) == tally
+    data = json.loads(json.dumps(tally.to_data()))
+    assert Tally.from_data(data).to_data() == data
 
 
 def _calls_relu(architecture: Architecture) -> bool:

@@ -483,12 +483,12 @@ def _every_cut(
         carried = {i: cotangents.pop((node, i), None) for i in range(len(outputs))}
         if all(c is None for c in carried.values()):
             continue
-        for item, c in carried.items():
-            if c is None:  # nobody reads this one
+        for item, given in carried.items():
+            if given is None:  # nobody reads this one
                 continue
-            total -= _degree(labels, node, item) * _pair(c, outputs[item])
+            total -= _degree(labels, node, item) * _pair(given, outputs[item])
             if node.name in labels.biases and tracker.locals[node][item].leaves:
-                total += _pair(c, tracker.locals[node][item].added[0])
+                total += _pair(given, tracker.locals[node][item].added[0])
         for source, place, g in _backward(node, tracker, carried):
             old = cotangents.get((source, place))
             cotangents[source, place] = g if old is None else old + g
