@@ -207,7 +207,7 @@ class _Audit:
                 self.reasons[name] = LEMMAS[op.algebra]
             if isinstance(op, Measured):
                 self.notes.append(f"{self.graph.describe(name)} is a black box, {op.note}")
-        self._outputs()
+        self._outputs(unedited)
 
     def _derive(self, policy: str | Policy) -> Plan | None:
         try:
@@ -227,7 +227,7 @@ class _Audit:
         for edit in plan.edits if plan else ():
             self.mends[edit.node] = "; ".join(filter(None, (self.mends.get(edit.node), str(edit))))
 
-    def _outputs(self) -> None:
+    def _outputs(self, unedited: Degrees) -> None:
         reached = [o.name for o in self.graph.outputs if o.name in self.labels.alive]
         for output in self.graph.outputs:
             if output.name not in reached:
@@ -243,7 +243,12 @@ class _Audit:
                     "is a statement about logits; check the model without that head"
                 )
         for source in self.labels.live.sources:
-            if source not in self.labels.alive:
+            if source in unedited.alive and source not in self.labels.alive:
+                self.notes.append(
+                    f"input {source!r} is held fixed by the plan, as a gate or a weight is: nothing "
+                    "is attributed to it"
+                )
+            elif source not in self.labels.alive:
                 self.problems.append(f"input {source!r} does not reach the output")
 
     # ------------------------------------------------------------------ numeric

@@ -34,7 +34,8 @@ _WIDE = dict.fromkeys(_ROUNDED, torch.float64) | dict.fromkeys(
 class NodeByNode(fx.Interpreter):
     """Runs the rewritten graph and takes every live node's local residual on the way.
 
-    sum d_i <J~_i^T c, u_i> + <c, J_b b> - d <c, v>, relative to sum |c v|, c random.
+    sum d_i <J~_i^T c, u_i> + <c, J_b b> - d <c, v>, c random, relative to sum |c v|, or to
+    sum |(J~_i^T c) u_i| where the terms cancel to less than they are.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class NodeByNode(fx.Interpreter):
             if f.state is State.LIVE and is_float_tensor(o)
         ]
         detached = pytree.tree_map_only(Tensor, Tensor.detach, value)
-        left = 0.0
+        left, terms = 0.0, []
         grown = [(o, c) for o, c, _ in kept if o.requires_grad]
         if grown and leaves:
             grads = torch.autograd.grad(
@@ -122,6 +123,7 @@ class NodeByNode(fx.Interpreter):
             for (name, u), g in zip(leaves, grads, strict=True):
                 if g is not None and seen[name] != 0:
                     left += float(seen[name]) * inner(g, u)
+                    terms.append((g, u))
         if n.name in self.labels.biases:
             known = [o.detach() for o in outputs if isinstance(o, Tensor)]
             maps = bias_maps(self.traced.nodes[n.name], call, original_args(n, args), kwargs, known)
@@ -130,6 +132,9 @@ class NodeByNode(fx.Interpreter):
         for o, c, degree in kept:
             right += float(degree) * inner(c, o)
             magnitude += inner(_magnitudes(c), _magnitudes(o))
+        if abs(left - right) > 1e-12 * magnitude:
+            spread = sum(inner(_magnitudes(g), _magnitudes(u)) for g, u in terms)
+            magnitude = max(magnitude, spread)
         self._record(n.name, abs(left - right), magnitude)
         return detached
 
