@@ -245,8 +245,8 @@ class _Audit:
         for source in self.labels.live.sources:
             if source in unedited.alive and source not in self.labels.alive:
                 self.notes.append(
-                    f"input {source!r} is held fixed by the plan, as a gate or a weight is: nothing "
-                    "is attributed to it"
+                    f"input {source!r} is held fixed by the plan, as a gate or a weight is: "
+                    "nothing is attributed to it"
                 )
             elif source not in self.labels.alive:
                 self.problems.append(f"input {source!r} does not reach the output")
