@@ -6,7 +6,6 @@ parameter can be coefficient and bias at once; so the contribution is taken at t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,9 +54,7 @@ def bias_map(
             return values["bias"].reshape(channels)
         if name in _DISTANCES:
             (fixed,) = bias_operands(call)
-            return _tangent(
-                lambda u: _call(node, call, args, kwargs, {fixed: u}), values[fixed], output
-            )
+            return _distance(name, values, fixed)
         if call.operator.algebra is Algebra.HOMOGENEOUS:
             live = [values[n] for n in sorted(call.moving) if isinstance(values[n], Tensor)]
             if name == "aten.softshrink.default":
@@ -70,14 +67,26 @@ def bias_map(
         return _call(node, call, args, kwargs, zeroed)
 
 
-def _tangent(function: Callable[[Tensor], Tensor], value: Tensor, output: Tensor) -> Tensor:
-    """J u at u = `value`, by differentiating the linear map c -> J^T c: not all have forward AD."""
+def _distance(name: str, values: dict[str, Any], fixed: str) -> Tensor:
+    """J_b b of a distance to a constant b: the gradient by a copy of b an output, times b."""
+    (moving,) = (v for n, v in values.items() if isinstance(v, Tensor) and n != fixed)
+    b = values[fixed]
+    if name == "aten.cdist.default":  # a row of distances for every point
+        moving, b = moving[..., :, None, :], b[..., None, :, :]
+    shape = torch.broadcast_shapes(moving.shape, b.shape)
+    u = b.expand(shape).detach().clone().requires_grad_()
     with torch.enable_grad():
-        u = value.detach().clone().requires_grad_()
-        c = torch.zeros_like(output).requires_grad_()
-        (pulled,) = torch.autograd.grad(function(u), u, c, create_graph=True)
-        (tangent,) = torch.autograd.grad(pulled, c, value.detach())
-    return tangent
+        if name == "aten.hypot.default":
+            value = torch.hypot(moving, u)
+        elif name == "aten.dist.default":
+            value = torch.dist(moving, u, values["p"])
+        else:
+            value = torch.cdist(moving, u, values["p"])
+        (grad,) = torch.autograd.grad(value.sum(), u)
+    if name != "aten.cdist.default":
+        return grad * u.detach() if name == "aten.hypot.default" else (grad * u.detach()).sum()
+    rows = (grad * u.detach()).sum(-1)
+    return rows if fixed == "x2" else rows.mT
 
 
 def _runtime(
