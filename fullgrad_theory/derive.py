@@ -56,9 +56,10 @@ def derive_rules(
 
     `alternatives`: how many further plans to look for, the next cheapest ones, as the plan's
     `alternatives`; each needs all of its edits, and gives another gradient than the rest.
-    `effort` bounds the search per piece, about seconds but counted in deterministic steps: the same
-    graph gives the same plan, and beyond it the best one so far with `optimal=False`. `unknown` as
-    in `check_completeness`, `leaves` as in `trace`.
+    `effort` bounds the search per piece, for the best plan and once more for the alternatives, in
+    the solver's deterministic units (a unit takes seconds, six on one hard layer): the same graph
+    gives the same plan, and beyond it the best one so far with `optimal=False`. `unknown` as in
+    `check_completeness`, `leaves` as in `trace`.
     Raises `NoPlanError` naming the obstacle, `UnknownNameError`, `PolicyError`, `InputError` for
     alternatives to a partial policy, and what `trace` raises.
     """

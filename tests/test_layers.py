@@ -435,6 +435,14 @@ LAYERS: dict[str, Layer] = {
     ),
     "Fourier mixing": Layer(fourier_mixing, ["freeze 1/sigma of layer_norm"], (SEQ,)),
     "pairwise distances": Layer(lambda p, x: torch.cdist(x, lin(p, x)), []),
+    # a distance to a constant has that constant for a bias leaf, on whichever side it stands
+    "distances from centres": Layer(
+        lambda p, x: (
+            torch.cdist(p.b_centres, x, p=3.0).mT + torch.hypot(x.amax(), p.b_out[:3, 0:1])
+        ),
+        [],
+    ),
+    "distance to a centre": Layer(lambda p, x: torch.dist(x, p.b_centres[:3])[None] + x, []),
     "pairwise kernel": Layer(pairwise_kernel, ["prune matmul.self"]),
     "capsule squash": Layer(squash, ["prune sum_1.self"]),
     "max-out": Layer(lambda p, x: experts(p, x).amax(1), []),
@@ -569,10 +577,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         [*THREE, *(f"secant tanh_{i}" for i in (3, 4, 5))],
     ),
     "RNN with relu": (lambda: First(nn.RNN(4, 4, batch_first=True, nonlinearity="relu")), []),
-}
-# Waiting for the edit that integrates a smooth operation from 0: these stay whole in the trace.
-# Each is ready for MODULES, with the edits that it will have.
-PENDING: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    # these stay whole in the trace, and are integrated as one function
     "GRUCell": (
         lambda: Cells(nn.GRUCell(4, 4)),
         ["integrate gru_cell", "integrate gru_cell_1", "integrate gru_cell_2"],
