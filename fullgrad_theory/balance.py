@@ -116,6 +116,7 @@ def rewrite(
             node.args = (target_name(node.target), along, graph.describe(node.name), *node.args)
             node.target = quadrature.integrate
     copied.lint()
+    copied._tracer_cls = None  # torch 2.11 cannot make export's own tracer again from a pickle
     module = fx.GraphModule(graph.fx if root is None else root, copied, "Balanced")
     module.eval()
     return module
