@@ -72,9 +72,9 @@ class _Integrate(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[2 + ctx.outputs :]
-        widest = torch.promote_types(torch.float32, saved[0].dtype)
-        for tensor in saved[1:]:
-            widest = torch.promote_types(widest, tensor.dtype)
+        widest = torch.float32
+        for tensor in saved:
+            widest = torch.promote_types(widest, tensor.dtype.to_real())
         operands = [u.to(widest) if u.is_floating_point() else u for u in saved]
         cotangents = [g.to(torch.promote_types(g.dtype, widest)) for g in grads]
         flags = torch.backends.cudnn.flags(enabled=False)  # no backward of a cudnn rnn in eval mode
@@ -101,8 +101,16 @@ def _gradients(
                 if not here[i].requires_grad:
                     here[i].requires_grad_()
             wanted = [here[i] for i in which]
+            pairs = zip(ray.values(here), cotangents, strict=True)
+            grown = [(v, c) for v, c in pairs if v.requires_grad]
+            if not grown:
+                return [torch.zeros_like(u) for u in wanted]
             grads = torch.autograd.grad(
-                ray.values(here), wanted, cotangents, create_graph=again, allow_unused=True
+                [v for v, _ in grown],
+                wanted,
+                [c for _, c in grown],
+                create_graph=again,
+                allow_unused=True,
             )
         return [torch.zeros_like(u) if g is None else g for g, u in zip(grads, wanted, strict=True)]
 
