@@ -258,6 +258,8 @@ class Tracker:
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
         if held or not self.edges[node] or not self._of_degree_one(node):
             return found
+        if all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:]):
+            self.saturated.add(node.name)  # softmax of equal scores
         candidates = self._added(node, bounds, item)
         for size in range(1, len(candidates) + 1):
             for chosen in combinations(candidates, size):
