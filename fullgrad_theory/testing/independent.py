@@ -5,7 +5,8 @@ its real (edited) Jacobian times its operands', taken by a transposed vector-Jac
 that is no multiple of the node's value, one number for all elements and all points, and every
 operand that carries gradient has its own value for a tangent (degree 1), constants may be leaves:
 the fewest whose contributions, finite differences along their own rays, make the tangent the value.
-None may contribute through a frozen operand; a literal that reaches divisors alone is none.
+None may contribute through a frozen operand, and no literal through any (celu's alpha does); one
+that reaches divisors alone is none.
 
 This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
 residual with the library; it shares the traced graph and the rewritten module, which are what is
@@ -25,8 +26,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 TOLERANCE = 1e-7
-STEP = 2.0**-12
+STEP = 2.0**-16
 NUDGE = 1e-6
+_BLENDS = {"weight"}
+"""lerp's: x + weight (end - x), so that `end` meets x first, and a frozen weight both of them"""
 _SHAPE_ONLY = ("_like", "new_", "sym_")
 
 
@@ -255,6 +258,8 @@ class Tracker:
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
         if held or not self.edges[node] or not self._of_degree_one(node):
             return found
+        if all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:]):
+            self.saturated.add(node.name)  # softmax of equal scores
         candidates = self._added(node, bounds, item)
         for size in range(1, len(candidates) + 1):
             for chosen in combinations(candidates, size):
@@ -262,7 +267,7 @@ class Tracker:
                     torch.stack([c[1][k] for c in chosen]).sum(0) for k in range(self.count)
                 )
                 total = [t + a for t, a in zip(tangents, added, strict=True)]
-                error = distance(total, values, 1.0)
+                error = distance(total, values, 1.0, added)
                 if error < TOLERANCE:
                     if found.degree is not None:
                         self.saturated.add(node.name)
@@ -288,25 +293,22 @@ class Tracker:
         """The constants that may be leaves, and what each contributes at every point: the same
         when a frozen operand moves."""
         found: list[tuple[str, list[Tensor]]] = []
-        moving = [
-            p.index
-            for p in bounds[0].places
-            if p.node in self.moving and p.node not in self.edges[node] and is_real(p.value)
-        ]
-        nudged = [
-            {i: b.leaves[i] * (1 + NUDGE * torch.cos(torch.arange(1, b.leaves[i].numel() + 1).to(
-                b.leaves[i].real.dtype)).reshape(b.leaves[i].shape)) for i in moving}
-            for b in bounds
-        ]  # fmt: skip
+        lerp = "lerp" in str(node.target)
+        moving = [p for p in bounds[0].places if p.node in self.moving and is_real(p.value)]
+        moving = [p for p in moving if not (lerp and p.label in _BLENDS)]
+        frozen = [p for p in moving if p.node not in self.edges[node]]
+        for_literals = [_nudged(b, moving) for b in bounds]
+        for_tensors = [_nudged(b, frozen) for b in bounds]
         with torch.no_grad():
             for place in self._constants(node, bounds[0]):
                 here = _rays(bounds, place.index, item, [{}] * self.count)
+                nudged = for_literals if place.node is None else for_tensors
                 there = _rays(bounds, place.index, item, nudged)
                 if here is None or there is None:
                     continue
                 sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]
                 same = all(
-                    float((x - y).abs().max()) <= 1e-9 * max(1.0, size)
+                    x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, size)
                     for x, y, size in zip(here, there, sizes, strict=True)
                 )
                 if same and max(sizes) > 1e-12:
@@ -401,6 +403,16 @@ def _by_rows(
     return torch.stack(rows).reshape(output.shape).detach(), reached
 
 
+def _nudged(bound: Bound, places: Sequence[Place]) -> dict[int, Any]:
+    """The operands there, each element moved by another millionth or less."""
+    moved = {}
+    for place in places:
+        value = bound.leaves[place.index]
+        order = torch.arange(1, value.numel() + 1, dtype=torch.float64).reshape(value.shape)
+        moved[place.index] = value * (1 + NUDGE * torch.cos(order))
+    return moved
+
+
 def _rays(
     bounds: list[Bound], index: int, item: int, replaced: list[dict[int, Any]]
 ) -> list[Tensor] | None:
@@ -424,15 +436,24 @@ def _ray(bound: Bound, index: int, item: int, replaced: dict[int, Any]) -> Tenso
     return torch.where(torch.isfinite(slope), slope, 0.0) if not slope.is_complex() else slope
 
 
-def distance(tangents: Sequence[Tensor], values: Sequence[Tensor], degree: float) -> float:
-    """The largest |tangent - degree * value| over all points, relative to the sizes there."""
+def distance(
+    tangents: Sequence[Tensor],
+    values: Sequence[Tensor],
+    degree: float,
+    parts: Sequence[Tensor] | None = None,
+) -> float:
+    """The largest |tangent - degree * value| over all points, relative to the sizes there.
+
+    `parts` are summands of the tangent, whose digits bound what the sum can have.
+    """
     worst = 0.0
-    for t, v in zip(tangents, values, strict=True):
+    for k, (t, v) in enumerate(zip(tangents, values, strict=True)):
         held = torch.isfinite(v.abs())
         gap = torch.where(held, (t - degree * v).abs(), 0.0)
         size = torch.where(held, v.abs() + t.abs(), 0.0)
         if gap.numel():
             top = float(size.max())
+            top = max(top, float(parts[k].abs().max())) if parts else top
             worst = max(worst, float(gap.max()) / top if top > 1e-13 else 0.0)
     return worst
 

@@ -709,7 +709,7 @@ def _sane(value: Any, found: Any) -> None:
         masked = found is not None and ("masked_fill" in found.name or "empty" in found.name)
         if not masked and not bool((size <= LARGEST).all()):
             raise _Refused("a value is not finite, or too large")
-        if tensor.requires_grad and not bool(size.any()):
+        if tensor.requires_grad and not bool((size > 1e-9).any()):
             raise _Refused("a live value is zero: any degree fits it")
 
 
