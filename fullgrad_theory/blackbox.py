@@ -47,7 +47,7 @@ class Measured(Operator):
     def modes(self, call: Call) -> tuple[Mode, ...]:
         """Unedited as measured; a secant where the operation is elementwise and has no degree."""
         plain = Mode(None, self.relations)
-        if not self.edits:
+        if "secant" not in self.edits:
             return (plain,)
         domain = (1,) if self.origin else None
         return plain, Mode(

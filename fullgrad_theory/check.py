@@ -58,7 +58,7 @@ from .trace import (
 LOCAL_TOLERANCE = 1e-9
 TOLERANCE = 1e-10
 OWN_TOLERANCE = 1e-6
-LEAST_SHARE = 1e-6
+SMALL_SHARE = 1e-6
 LOW_PRECISION_TOLERANCE = 1e-2
 _PROBABILITIES = {
     "aten.softmax.int",
@@ -81,7 +81,7 @@ def check_completeness(
     unknown: str = "error",
     leaves: Collection[LeafSpec] = (),
     beside: Collection[torch.dtype] = (torch.float32, torch.bfloat16),
-    least_share: float = LEAST_SHARE,
+    least_share: float = 0.0,
 ) -> Report:
     """Whether the gradient of `model` (with a policy's edits, if given) is FullGrad-complete.
 
@@ -89,8 +89,8 @@ def check_completeness(
     backward under random cotangents, and <c, f> against <x, G_x> + sum <b, G_b> end to end, on
     parameters as they are and perturbed. `tolerance` is relative. `unknown="measure"` measures
     operations that nobody registered as black boxes (verdict numeric at most); `leaves` as in
-    `trace`. Residuals in the dtypes `beside` are shown, not judged. An input that gets less than
-    `least_share` of the output is a problem: the sum may be perfect, and explains nothing.
+    `trace`. Residuals in the dtypes `beside` are shown, not judged. With `least_share` an input
+    that gets less of the output makes the gradient incomplete: the sum is right, and says nothing.
     Raises what `trace` raises, and `NonFiniteError`; what cannot be judged is reported.
     """
     bar = nullcontext(on_progress) if on_progress else progress("checking")
@@ -276,10 +276,11 @@ class _Audit:
             )
         worst = largest(m.relative for m in self.measurements)
         share = largest(abs(m.input_share) for m in self.measurements)
-        if self.measurements and share < self.least_share:
-            self.problems.append(
-                f"the input gets {share:.1e} of the output, the biases the rest: whatever adds up "
-                "there explains nothing; least_share=0 lets it pass"
+        if self.measurements and share < max(self.least_share, SMALL_SHARE):
+            said = self.problems if share < self.least_share else self.notes
+            said.append(
+                f"the input gets {share:.1e} of the output, the biases the rest: the sum is right, "
+                "and the input's part of it explains next to nothing"
             )
         if self.modified:
             self._set_nodes_aside(worst <= self.tolerance)

@@ -53,7 +53,7 @@ class Run(fx.Interpreter):
         maps = bias_maps(self.original[n.name], call, args, kwargs, known)
         if len(maps) > 1:  # a constant's own output lies on no path to the input: lay one
             live = sum(o.sum() for o in outputs if o.requires_grad)
-            value = outputs = [o if o.requires_grad else o + 0.0 * live for o in outputs]
+            value = outputs = [o + 0.0 * live for o in outputs]
         for index, (output, added) in enumerate(zip(outputs, maps, strict=False)):
             if output.requires_grad:
                 key = n.name if len(maps) == 1 else f"{n.name}[{index}]"

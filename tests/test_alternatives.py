@@ -100,7 +100,8 @@ def test_alternatives_of_a_block() -> None:
     plan = derive_rules(graph, alternatives=5)
     assert replace(plan, alternatives=()) == best
     plans = [plan, *plan.alternatives]
-    assert len(plans) == 3 and len({frozenset(p.edits) for p in plans}) == 3
+    # the gate or the value held fixed, or both scaled; the softmax held fixed, or integrated
+    assert len(plans) == 6 and len({frozenset(p.edits) for p in plans}) == 6
     assert all(a.cost <= b.cost for a, b in pairwise(plans))
     for one in plans:
         judged(graph, one)

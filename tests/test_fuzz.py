@@ -151,7 +151,7 @@ def _scaled(by: Fraction) -> Callable[[tuple[Edit, ...], int], tuple[Edit, ...]]
 FAULTS = {
     "a lost edit": _lost,
     "a wrong factor": _scaled(Fraction(3, 2)),
-    "a wrong sign": _scaled(Fraction(-1)),
+    "a vanishing factor": _scaled(Fraction(1, 1000)),
 }
 
 

@@ -81,7 +81,7 @@ VERDICTS = {
     "a mask as a factor": (lambda x: x * (x > 0), X, True, True),
     "a table looked up by argmax": (lambda x: torch.arange(4.0)[x.argmax(1)], X, False, None),
     "a value picked by argmax": (lambda x: x.gather(1, x.argmax(1, keepdim=True)), X, True, True),
-    "x + softmax(x)": (lambda x: x + x.softmax(-1), X, False, None),
+    "x + softmax(x)": (lambda x: x + x.softmax(-1), X, False, True),  # integrated
     "bounds of degree 2": (lambda x: (x * x).clamp(0.1, 0.3), X, False, True),
     "padding of degree 2": (lambda x: F.pad(x * x, (1, 1), value=2.0), X, False, True),
     "batch norm of degree 2": (lambda x: NORM(x * x), X, False, True),
@@ -241,7 +241,7 @@ def test_a_branch_scaled_to_nothing_is_still_violated() -> None:
         fc=nn.Linear(4, 4),
     )
     report = fgt.check_completeness(model, X)
-    own, moved = report.measurements
+    own, moved, *_ = report.measurements
     assert own.relative < 1e-12
     assert moved.relative > 1e-6
     assert report.complete is False
@@ -290,6 +290,8 @@ def test_a_pruned_summand_is_opaque() -> None:
     report = fgt.check_completeness(graph, policy=plan)
     assert report.complete is False
     assert [n.op for n in report.nodes if n.verdict is Verdict.OPAQUE] == ["aten.add.Tensor"]
+    with pytest.raises(NoPlanError, match="softmax"):  # a policy without an edit for it
+        fgt.derive_rules(graph, policy=dataclasses.replace(fgt.policy("libra"), integrate=None))
 
 
 # ------------------------------------------------------------------ the user's own backward

@@ -20,6 +20,7 @@ import fullgrad_theory as fgt
 from fullgrad_theory import Algebra, Verdict
 from fullgrad_theory.blackbox import Measured, measure
 from fullgrad_theory.errors import InputError, UnknownNameError, UnregisteredOperationError
+from fullgrad_theory.operators import registry
 
 SOUND = (Verdict.PROVED, Verdict.NUMERIC)
 _generator = torch.Generator().manual_seed(0)
@@ -283,7 +284,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from fullgrad_theory import cli
 
-    monkeypatch.setattr(cli, "_create", lambda *args: Foreign().eval())
+    monkeypatch.setattr(cli, "_create", lambda *args, **kwargs: Foreign().eval())
     refused = CliRunner().invoke(cli.app, ["check", "foreign"])
     assert refused.exit_code == 2
     assert "--unknown measure" in refused.output
@@ -393,7 +394,9 @@ def test_a_module_kept_whole_is_measured(leaf: Any, act: bool) -> None:
     assert found.signature == ("x" if act else "x + shift")
 
 
-def test_a_module_kept_whole_and_declared() -> None:
+def test_a_module_kept_whole_and_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
     class Declared(Layer):
         pass
 

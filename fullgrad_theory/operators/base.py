@@ -241,7 +241,9 @@ def bias_operands(call: Call) -> tuple[str, ...]:
         for text in output if output != ("-",) else ():
             for factors in _term(text, call, skip_zero=True):
                 if factors and not any(name in call.moving for name, _ in factors):
-                    names.append(factors[0][0])
+                    # a norm is linear in its weight, and not in a constant input
+                    last = call.operator.algebra is Algebra.NORMALISER
+                    names.append(factors[-1 if last else 0][0])
     return tuple(dict.fromkeys(names))
 
 

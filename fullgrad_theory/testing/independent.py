@@ -255,11 +255,12 @@ class Tracker:
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
         held = found.degree is not None and abs(found.degree) > TOLERANCE
+        still = all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:])
+        if still and self.edges[node]:
+            self.saturated.add(node.name)  # softmax of equal scores, x / x: any degree fits
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
         if held or not self.edges[node] or not self._of_degree_one(node):
             return found
-        if all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:]):
-            self.saturated.add(node.name)  # softmax of equal scores
         candidates = self._added(node, bounds, item)
         for size in range(1, len(candidates) + 1):
             for chosen in combinations(candidates, size):
@@ -313,7 +314,7 @@ class Tracker:
                 )
                 if same and max(sizes) > 1e-12:
                     found.append((place.label, here))
-        return found + self._origin(node, bounds)
+        return found + self._origin(node, bounds, item)
 
     def _constants(self, node: fx.Node, bound: Bound) -> Iterator[Place]:
         literals = set() if node.name in self.divisors else bound.scalars
@@ -326,7 +327,9 @@ class Tracker:
             if held:
                 yield place
 
-    def _origin(self, node: fx.Node, bounds: list[Bound]) -> list[tuple[str, list[Tensor]]]:
+    def _origin(
+        self, node: fx.Node, bounds: list[Bound], item: int
+    ) -> list[tuple[str, list[Tensor]]]:
         """f(0) of a rule that integrates from zero: the call with its live operands at zero."""
         name = getattr(node.target, "__name__", "")
         if not name.startswith(("secant", "integra")):
@@ -337,7 +340,7 @@ class Tracker:
             if p.node is not None and any(self.live[p.node]) and is_real(p.value)
         ]
         made = [b.run({i: torch.zeros_like(b.leaves[i]) for i in moving}) for b in bounds]
-        return [("f(0)", [m.detach() for m in made])]
+        return [("f(0)", [_outputs(m)[item].detach() for m in made])]
 
 
 def _attribute(module: Any, path: str) -> Any:

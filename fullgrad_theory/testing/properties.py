@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -28,7 +29,7 @@ from ..derive import derive_rules
 from ..errors import NonFiniteError, NoPlanError, TraceError, UnregisteredOperationError
 from ..plan import Plan
 from ..report import Report, Verdict
-from ..rules import Edit, FreezeScale, Prune, Scale, Secant
+from ..rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
 from ..trace import ComputationGraph, trace
 from .independent import Bound, Evaluation, Tracker, Unjudged, evaluate, is_real, literal_divisors
 from .strategies import Architecture
@@ -88,7 +89,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
     inputs = architecture.example()
     with _untouched(model):
         graph = trace(model, inputs)
-        report = check_completeness(graph, beside=(), least_share=0.0)
+        report = check_completeness(graph, beside=())
         points = _points(architecture, model)
         plain, divisors = _plainly(graph, points)
         if plain.complete and not _complete(report):  # look for a witness at more points
@@ -111,7 +112,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         _deterministic(graph, plan, model, inputs, thorough)
         balanced = balance(graph, policy=plan)
         _forward_kept(balanced, model, inputs, architecture)
-        mended = check_completeness(graph, policy=plan, beside=(), least_share=0.0)
+        mended = check_completeness(graph, policy=plan, beside=())
         labels = degrees(graph, plan.edits)
         edited, tracker = evaluate(balanced.fx, points, divisors)
         if edited.complete and not _complete(mended):
@@ -314,7 +315,12 @@ def _honest_node(
     for p in places:
         if p.label in pruned:
             plain[p.index] = plain[p.index].detach()
-    surrogate = _surrogate(edits, bound, plain)
+    moving = [
+        p.index
+        for p in places
+        if p.node is not None and any(tracker.live[nodes[p.node.name]]) and p.label not in pruned
+    ]
+    surrogate = _surrogate(edits, bound, plain, moving)
     outputs, wanted_outputs = _floats(edited), _floats(surrogate)
     frozen = outputs[len(wanted_outputs) :]  # the mean and 1/sigma that a norm also returns
     _require(
@@ -401,7 +407,9 @@ def _edited_value(
     return value
 
 
-def _surrogate(edits: Sequence[Edit], bound: Bound, leaves: dict[int, Tensor]) -> Any:
+def _surrogate(
+    edits: Sequence[Edit], bound: Bound, leaves: dict[int, Tensor], moving: Sequence[int]
+) -> Any:
     """What an edited call is the gradient of: f with pruned operands held, written from scratch."""
     with torch.enable_grad():
         if any(isinstance(e, Secant) for e in edits):
@@ -409,13 +417,30 @@ def _surrogate(edits: Sequence[Edit], bound: Bound, leaves: dict[int, Tensor]) -
             held = u.detach()
             f, origin = bound.run({index: held}), bound.run({index: torch.zeros_like(held)})
             near = held.abs() < 1e-6
-            step = torch.full_like(held, 1e-6)
-            slope = (bound.run({index: step}) - bound.run({index: -step})) / 2e-6
+            point = held.clone().requires_grad_()  # at a kink there, torch's own slope
+            (slope,) = torch.autograd.grad(bound.run({index: point}).sum(), point)
             chord = (f - origin) / torch.where(near, 1.0, held)
             return origin + u * torch.where(near, slope, chord)
         if any(isinstance(e, FreezeScale) for e in edits):
             return _frozen_norm(bound, leaves)
+        if any(isinstance(e, Integrate) for e in edits):
+            return _averaged(bound, leaves, moving)
         return bound.run(dict(leaves))
+
+
+def _averaged(bound: Bound, leaves: dict[int, Tensor], moving: Sequence[int]) -> list[Tensor]:
+    """A function whose gradient in the moving operands is the integral of f's from 0 to them:
+    sum w_i f(t_i u) / t_i, with 96 Gauss-Legendre points (held operands keep f's own)."""
+    points, weights = np.polynomial.legendre.leggauss(96)
+    total: list[Tensor] = []
+    for t, w in zip((points + 1) / 2, weights / 2, strict=True):
+        here = {
+            i: torch.where(u.isinf(), u, u * float(t)) if i in moving else u.detach()
+            for i, u in leaves.items()
+        }
+        parts = [v * float(w / t) for v in _floats(bound.run(here))]
+        total = [a + b for a, b in zip(total, parts, strict=True)] if total else parts
+    return total
 
 
 def _frozen_norm(bound: Bound, leaves: dict[int, Tensor]) -> Tensor:
