@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import symbolic
 from .balance import Balanced, rewrite
+from .bias import every_output
 from .blackbox import Measured, graph_of
 from .degrees import Degrees, State, degrees
 from .derive import derive_rules
@@ -463,6 +464,8 @@ class _Audit:
         """Bias node -> the parameter that is its only leaf and has no other use."""
         found = {}
         for name in self.labels.biases:
+            if every_output(self.labels.live.calls[name]):
+                continue  # a leaf an output
             names = self.labels.biases[name]
             operands = {o.name: o.node for o in self.labels.live.calls[name].operands}
             nodes = [operands.get(n) for n in names]
