@@ -30,6 +30,7 @@ STEP = 2.0**-16
 NUDGE = 1e-6
 _BLENDS = {"weight"}
 """lerp's: x + weight (end - x), so that `end` meets x first, and a frozen weight both of them"""
+_SHAPE_OF_ANOTHER = ("_as.", "to.other")
 _SHAPE_ONLY = ("_like", "new_", "sym_")
 
 
@@ -181,6 +182,8 @@ class Tracker:
         ):
             self._item(node)
             return
+        if any(word in name for word in _SHAPE_OF_ANOTHER):
+            moving = source in self.moving
         bounds = [Bound(node, self.values[k].__getitem__) for k in range(self.count)]
         if not moving or any(word in name for word in _SHAPE_ONLY):
             with torch.no_grad():
@@ -255,7 +258,7 @@ class Tracker:
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
         held = found.degree is not None and abs(found.degree) > TOLERANCE
-        still = all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:])
+        still = all(torch.allclose(values[0], v, rtol=TOLERANCE, atol=1e-12) for v in values[1:])
         if still and self.edges[node]:
             self.saturated.add(node.name)  # softmax of equal scores, x / x: any degree fits
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
@@ -273,7 +276,20 @@ class Tracker:
                     if found.degree is not None:
                         self.saturated.add(node.name)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
+        self._refuse_jumps(node, bounds, item)
         return found
+
+    def _refuse_jumps(self, node: fx.Node, bounds: list[Bound], item: int) -> None:
+        """A contribution that depends on the step of its difference is none that was measured."""
+        nothing: list[dict[int, Any]] = [{}] * self.count
+        with torch.no_grad():
+            for place in self._constants(node, bounds[0]):
+                wide, near = (
+                    _rays(bounds, place.index, item, nothing, step) for step in (STEP, STEP / 32)
+                )
+                for a, b in zip(wide or (), near or (), strict=False):
+                    if not torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max())):
+                        raise Unjudged(f"a jump lies within a step of {place.label}")
 
     def _of_degree_one(self, node: fx.Node) -> bool:
         """Whether each operand that carries gradient has its own value for a tangent."""
@@ -365,7 +381,9 @@ def _transposed(
     output: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> tuple[Tensor, list[bool]]:
     """J t of the real backward c -> J^T c, as the gradient of <J^T c, t> with respect to c."""
-    cotangent = torch.ones_like(output).requires_grad_()
+    # of no symmetry: ones are orthogonal to all that a softmax does
+    order = torch.arange(1, output.numel() + 1, dtype=torch.float64).reshape(output.shape)
+    cotangent = torch.cos(order).to(output.dtype).requires_grad_()
     try:
         grads = torch.autograd.grad(
             output, leaves, cotangent, create_graph=True, allow_unused=True, retain_graph=True
@@ -417,25 +435,31 @@ def _nudged(bound: Bound, places: Sequence[Place]) -> dict[int, Any]:
 
 
 def _rays(
-    bounds: list[Bound], index: int, item: int, replaced: list[dict[int, Any]]
+    bounds: list[Bound],
+    index: int,
+    item: int,
+    replaced: list[dict[int, Any]],
+    step: float = STEP,
 ) -> list[Tensor] | None:
     """`_ray` at every point, None where it is None at one."""
-    rays = [_ray(b, index, item, r) for b, r in zip(bounds, replaced, strict=True)]
+    rays = [_ray(b, index, item, r, step) for b, r in zip(bounds, replaced, strict=True)]
     found = [ray for ray in rays if ray is not None]
     return found if len(found) == len(rays) else None
 
 
-def _ray(bound: Bound, index: int, item: int, replaced: dict[int, Any]) -> Tensor | None:
+def _ray(
+    bound: Bound, index: int, item: int, replaced: dict[int, Any], step: float
+) -> Tensor | None:
     """d/dt of a call at t = 1 with one constant times t; None where it cannot be scaled."""
     parts = []
     for k in (-2, -1, 1, 2):
         try:
-            moved = bound.run(replaced | {index: bound.leaves[index] * (1 + k * STEP)})
+            moved = bound.run(replaced | {index: bound.leaves[index] * (1 + k * step)})
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
         parts.append(_outputs(moved)[item])
     a, b, c, d = parts
-    slope = (8 * (c - b) - (d - a)) / (12 * STEP)
+    slope = (8 * (c - b) - (d - a)) / (12 * step)
     return torch.where(torch.isfinite(slope), slope, 0.0) if not slope.is_complex() else slope
 
 

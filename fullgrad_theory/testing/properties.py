@@ -117,6 +117,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         edited, tracker = evaluate(balanced.fx, points, divisors)
         if edited.complete and not _complete(mended):
             edited, tracker = evaluate(balanced.fx, _points(architecture, model, True), divisors)
+        edited.unread = [x for x in edited.unread if x in plain.unread]  # else held fixed by the plan
         _same_verdict(mended, edited, "libra")
         _honest(graph, plan, tracker)
         if not _leaves_elsewhere(labels, tracker):
