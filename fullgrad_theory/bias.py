@@ -37,14 +37,6 @@ _REMAINDERS = {
 _DISTANCES = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
-_SPREAD = {
-    "aten.meshgrid.default",
-    "aten.meshgrid.indexing",
-    "aten.broadcast_tensors.default",
-}
-"""each tensor of theirs is an output of its own; the map is a sequence of maps"""
-
-
 def bias_map(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
@@ -145,9 +137,7 @@ def _call(
     result = node.target(  # type: ignore[operator]
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
-    if isinstance(result, (tuple, list)) and call.operator.name not in _SPREAD:
-        return result[0]
-    return result  # type: ignore[no-any-return]
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 def leaf_names(node: fx.Node, call: Call) -> str:

@@ -101,6 +101,7 @@ def liveness(graph: ComputationGraph) -> Liveness:
                         states[node.name] = state
                         continue
                     refused = found.refuses(call.arguments) if found.refuses else None
+                    refused = refused or _mixes(call, states)
                     if refused:
                         raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
                     calls[node.name] = call
@@ -120,6 +121,23 @@ def liveness(graph: ComputationGraph) -> Liveness:
             f"  register({sorted(unknown)[0]!r}, Algebra.STRUCTURAL, 'self')"
         )
     return Liveness(states, _mark_eps(graph, calls), tuple(sources))
+
+
+_SPREADING = {
+    "aten.meshgrid.default",
+    "aten.meshgrid.indexing",
+    "aten.broadcast_tensors.default",
+}
+
+
+def _mixes(call: Call, states: Mapping[str, tuple[State, ...]]) -> str | None:
+    """One label is all that the outputs of such an operation have: their operands must be alike."""
+    if call.operator.name not in _SPREADING:
+        return None
+    read = {_most(states[o.node.name]) for o in call.operands if o.node is not None}
+    return (
+        "it mixes live values and others; expand each tensor by itself" if len(read) > 1 else None
+    )
 
 
 def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:

@@ -41,23 +41,16 @@ class Run(fx.Interpreter):
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = self._watch(n, original_args(n, args), kwargs, value)
+            self._watch(n, original_args(n, args), kwargs, value)
         return value
 
-    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
-        outputs = value if isinstance(value, (tuple, list)) else [value]
+    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+        output = value[0] if isinstance(value, (tuple, list)) else value
+        if not output.requires_grad:
+            return
         call = self.labels.live.calls[n.name]
-        added = bias_map(self.original[n.name], call, args, kwargs, outputs[0].detach())
-        parts = added if isinstance(added, (tuple, list)) else [added]
-        if len(parts) > 1:  # a constant's own output lies on no path to the input: lay one
-            live = sum(o.sum() for o in outputs if o.requires_grad)
-            value = outputs = [o + 0.0 * live for o in outputs]
-        for output, part in zip(outputs, parts, strict=False):
-            if output.requires_grad:
-                output.register_hook(
-                    lambda g, part=part: self.on_bias(n.name, g.detach(), part)  # type: ignore[misc]
-                )
-        return value
+        added = bias_map(self.original[n.name], call, args, kwargs, output.detach())
+        output.register_hook(lambda g: self.on_bias(n.name, g.detach(), added))
 
 
 def original_args(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -170,13 +163,7 @@ def _split(
     batch_dims: Mapping[str, int | None],
 ) -> FullGrad:
     maps: dict[str, Tensor] = {}
-
-    def on_bias(name: str, g: Tensor, added: Tensor) -> None:
-        product = finite_products(g, added)
-        product = product.real if product.is_complex() else product
-        maps[name] = maps[name] + product if name in maps else product  # of several outputs
-
-    run = Run(module, graph, labels, on_bias)
+    run = Run(module, graph, labels, lambda name, g, b: maps.update({name: finite_products(g, b)}))
     with torch.enable_grad():
         flat = pytree.tree_leaves(
             run.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)

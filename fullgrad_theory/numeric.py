@@ -102,8 +102,7 @@ class NodeByNode(fx.Interpreter):
             added = bias_map(
                 self.traced.nodes[n.name], call, original_args(n, args), kwargs, outputs[0].detach()
             )
-            parts = added if isinstance(added, (tuple, list)) else [added]
-            left += sum(inner(c, part) for (_, c, _), part in zip(kept, parts, strict=False))
+            left += inner(kept[0][1], added)
         right, magnitude = 0.0, 0.0
         for o, c, degree in kept:
             right += float(degree) * inner(c, o)

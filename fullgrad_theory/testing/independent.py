@@ -5,7 +5,8 @@ its real (edited) Jacobian times its operands', taken by a transposed vector-Jac
 that is no multiple of the node's value, one number for all elements and all points, and every
 operand that carries gradient has its own value for a tangent (degree 1), constants may be leaves:
 the fewest whose contributions, finite differences along their own rays, make the tangent the value.
-None may contribute through a frozen operand, and no literal through any (celu's alpha does); one
+None may contribute through a frozen operand, no literal through any (celu's alpha does), and a
+tensor through a live one only where the call is not linear in it (hypot, not a weight). A literal
 that reaches divisors alone is none.
 
 This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
@@ -172,7 +173,7 @@ class Tracker:
         self.live[node] = (False,) * len(_outputs(values[0]))
 
     def _call(self, node: fx.Node) -> None:
-        moving = any(n in self.moving for n in node.all_input_nodes)
+        moving = any(n in self.moving for n in _read(node))
         name = getattr(node.target, "__name__", str(node.target))
         source: Any = node.args[0] if node.args else None
         if node.target is operator.getitem and isinstance(
@@ -297,23 +298,36 @@ class Tracker:
         moving = [p for p in bounds[0].places if p.node in self.moving and is_real(p.value)]
         moving = [p for p in moving if not (lerp and p.label in _BLENDS)]
         frozen = [p for p in moving if p.node not in self.edges[node]]
-        for_literals = [_nudged(b, moving) for b in bounds]
-        for_tensors = [_nudged(b, frozen) for b in bounds]
+        by_all = [_nudged(b, moving) for b in bounds]
+        by_frozen = [_nudged(b, frozen) for b in bounds]
         with torch.no_grad():
             for place in self._constants(node, bounds[0]):
                 here = _rays(bounds, place.index, item, [{}] * self.count)
-                nudged = for_literals if place.node is None else for_tensors
-                there = _rays(bounds, place.index, item, nudged)
-                if here is None or there is None:
+                there = _rays(bounds, place.index, item, by_all)
+                held = _rays(bounds, place.index, item, by_frozen)
+                if here is None or there is None or held is None or not _alike(here, held):
                     continue
                 sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]
-                same = all(
-                    x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, size)
-                    for x, y, size in zip(here, there, sizes, strict=True)
-                )
+                same = _alike(here, there)
+                if not same and place.node is not None:
+                    same = self._curved(bounds, place.index, item, here)
                 if same and max(sizes) > 1e-12:
                     found.append((place.label, here))
         return found + self._origin(node, bounds)
+
+    def _curved(self, bounds: list[Bound], index: int, item: int, here: list[Tensor]) -> bool:
+        """Whether a call is not linear in a constant: hypot's is no coefficient, a weight is.
+
+        Only what moves with live operands comes here; with frozen ones it is a coefficient too.
+        """
+        larger = _rays(bounds, index, item, [{index: 1.5 * b.leaves[index]} for b in bounds])
+        if larger is None:
+            return False
+        return any(
+            float((y - 1.5 * x).abs().max()) > 1e-6 * max(1.0, float(x.abs().max()))
+            for x, y in zip(here, larger, strict=True)
+            if x.numel()
+        )
 
     def _constants(self, node: fx.Node, bound: Bound) -> Iterator[Place]:
         literals = set() if node.name in self.divisors else bound.scalars
@@ -338,6 +352,18 @@ class Tracker:
         ]
         made = [b.run({i: torch.zeros_like(b.leaves[i]) for i in moving}) for b in bounds]
         return [("f(0)", [m.detach() for m in made])]
+
+
+_LENDING = {"view_as": 1, "expand_as": 1, "reshape_as": 1, "type_as": 1, "to.other": 1, "fill.T": 0}
+"""the argument that lends nothing but its shape or dtype"""
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a call reads."""
+    lends = [place for name, place in _LENDING.items() if name in str(node.target)]
+    kept = [a for i, a in enumerate(node.args) if i not in lends]
+    leaves = pytree.tree_leaves((kept, node.kwargs))
+    return [n for n in leaves if isinstance(n, fx.Node)]
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -403,6 +429,14 @@ def _by_rows(
     return torch.stack(rows).reshape(output.shape).detach(), reached
 
 
+def _alike(here: list[Tensor], there: list[Tensor]) -> bool:
+    """Whether contributions are the same, up to the digits of a finite difference."""
+    return all(
+        x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, float(x.abs().max()))
+        for x, y in zip(here, there, strict=True)
+    )
+
+
 def _nudged(bound: Bound, places: Sequence[Place]) -> dict[int, Any]:
     """The operands there, each element moved by another millionth or less."""
     moved = {}
@@ -427,7 +461,8 @@ def _ray(bound: Bound, index: int, item: int, replaced: dict[int, Any]) -> Tenso
     parts = []
     for k in (-2, -1, 1, 2):
         try:
-            moved = bound.run(replaced | {index: bound.leaves[index] * (1 + k * STEP)})
+            start = replaced.get(index, bound.leaves[index])
+            moved = bound.run(replaced | {index: start * (1 + k * STEP)})
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
         parts.append(_outputs(moved)[item])
