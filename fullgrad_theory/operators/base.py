@@ -225,7 +225,9 @@ def bias_operands(call: Call) -> tuple[str, ...]:
         for text in output if output != ("-",) else ():
             for factors in _term(text, call, skip_zero=True):
                 if factors and not any(name in call.moving for name, _ in factors):
-                    names.append(factors[0][0])
+                    # a norm is linear in its weight, not in its input
+                    normal = call.operator.algebra is Algebra.NORMALISER
+                    names.append(factors[-1 if normal else 0][0])
     return tuple(dict.fromkeys(names))
 
 
@@ -251,6 +253,8 @@ def _elementwise(op: Operator, call: Call) -> tuple[Mode, ...]:
 
 def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
     frozen = polynomial(op.signature, call)
+    if frozen and "input" not in call.moving and any(o.name == "weight" for o in call.operands):
+        return (Mode(None, frozen),)  # 1/sigma is constant
     eps = call.arguments.get("eps", 1.0)
     # without eps the input may have any degree: exactly scale-invariant
     held = call.moving if eps is None or eps > 0 else call.moving - {"input"}

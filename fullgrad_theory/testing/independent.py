@@ -255,12 +255,12 @@ class Tracker:
         values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
+        if all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:]):
+            self.saturated.add(node.name)  # softmax of equal scores
         held = found.degree is not None and abs(found.degree) > TOLERANCE
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
         if held or not self.edges[node] or not self._of_degree_one(node):
             return found
-        if all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:]):
-            self.saturated.add(node.name)  # softmax of equal scores
         candidates = self._added(node, bounds, item)
         for size in range(1, len(candidates) + 1):
             for chosen in combinations(candidates, size):
@@ -300,15 +300,20 @@ class Tracker:
         frozen = [p for p in moving if p.node not in self.edges[node]]
         by_all = [_nudged(b, moving) for b in bounds]
         by_frozen = [_nudged(b, frozen) for b in bounds]
+        values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
+        values = [torch.where(torch.isfinite(v.abs()), v.abs(), 0.0) for v in values]
+        tops = [float(v.max()) if v.numel() else 0.0 for v in values]
         with torch.no_grad():
             for place in self._constants(node, bounds[0]):
                 here = _rays(bounds, place.index, item, [{}] * self.count)
                 there = _rays(bounds, place.index, item, by_all)
                 held = _rays(bounds, place.index, item, by_frozen)
-                if here is None or there is None or held is None or not _alike(here, held):
+                if here is None or there is None or held is None:
                     continue
                 sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]
-                same = _alike(here, there)
+                if not _alike(here, held, tops):
+                    continue
+                same = _alike(here, there, tops)
                 if not same and place.node is not None:
                     same = self._curved(bounds, place.index, item, here)
                 if same and max(sizes) > 1e-12:
@@ -354,14 +359,21 @@ class Tracker:
         return [("f(0)", [m.detach() for m in made])]
 
 
-_LENDING = {"view_as": 1, "expand_as": 1, "reshape_as": 1, "type_as": 1, "to.other": 1, "fill.T": 0}
+_LENDING = {
+    "aten.view_as.default": 1,
+    "aten.expand_as.default": 1,
+    "aten.reshape_as.default": 1,
+    "aten.type_as.default": 1,
+    "aten.to.other": 1,
+    "aten.fill.Tensor": 0,
+}
 """the argument that lends nothing but its shape or dtype"""
 
 
 def _read(node: fx.Node) -> list[fx.Node]:
     """The operands whose values a call reads."""
-    lends = [place for name, place in _LENDING.items() if name in str(node.target)]
-    kept = [a for i, a in enumerate(node.args) if i not in lends]
+    lends = _LENDING.get(str(node.target))
+    kept = [a for i, a in enumerate(node.args) if i != lends]
     leaves = pytree.tree_leaves((kept, node.kwargs))
     return [n for n in leaves if isinstance(n, fx.Node)]
 
@@ -429,11 +441,12 @@ def _by_rows(
     return torch.stack(rows).reshape(output.shape).detach(), reached
 
 
-def _alike(here: list[Tensor], there: list[Tensor]) -> bool:
-    """Whether contributions are the same, up to the digits of a finite difference."""
+def _alike(here: list[Tensor], there: list[Tensor], tops: list[float]) -> bool:
+    """Whether contributions are the same, up to the digits of a finite difference of values whose
+    largest are `tops`."""
     return all(
-        x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, float(x.abs().max()))
-        for x, y in zip(here, there, strict=True)
+        x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, top)
+        for x, y, top in zip(here, there, tops, strict=True)
     )
 
 

@@ -117,11 +117,13 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         mended = check_completeness(graph, policy=plan)
         labels = degrees(graph, plan.edits)
         edited, tracker = evaluate(balanced.fx, points, divisors)
-        if edited.complete and not _complete(mended):
-            edited, tracker = evaluate(balanced.fx, _points(architecture, model, True), divisors)
-            if edited.complete:
-                edited, _ = evaluate(_perturbed(balanced.fx), points, divisors)
-        _same_verdict(mended, edited, "libra")
+        judged = edited
+        if judged.complete and not _complete(mended):
+            many = _points(architecture, model, many=True)
+            judged, _ = evaluate(balanced.fx, many, divisors)
+            if judged.complete:
+                judged, _ = evaluate(_perturbed(balanced.fx), many, divisors)
+        _same_verdict(mended, judged, "libra")
         _honest(graph, plan, tracker)
         if not _leaves_elsewhere(labels, tracker):
             _same_degrees(labels, edited, tracker)
