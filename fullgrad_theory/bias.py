@@ -36,14 +36,6 @@ _LINEAR_PIECES = {
 _DISTANCES = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
-_SPREAD = {
-    "aten.meshgrid.default",
-    "aten.meshgrid.indexing",
-    "aten.broadcast_tensors.default",
-}
-"""each tensor of theirs is an output of its own, and so is each constant's map"""
-
-
 def bias_maps(
     node: fx.Node, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
 ) -> list[Tensor]:
@@ -55,8 +47,7 @@ def bias_maps(
 
 def every_output(call: Call) -> bool:
     """Whether each output has bias leaves of its own, and not the first one alone."""
-    integrated = call.operator.algebra in (Algebra.SMOOTH, Algebra.ATTENTION)
-    return integrated or call.operator.name in _SPREAD
+    return call.operator.algebra in (Algebra.SMOOTH, Algebra.ATTENTION)
 
 
 def origins(

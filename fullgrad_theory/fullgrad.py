@@ -43,22 +43,20 @@ class Run(fx.Interpreter):
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = self._watch(n, original_args(n, args), kwargs, value)
+            self._watch(n, original_args(n, args), kwargs, value)
         return value
 
-    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Any:
+    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         outputs = list(value) if isinstance(value, (tuple, list)) else [value]
+        if not any(output.requires_grad for output in outputs):
+            return
         call = self.labels.live.calls[n.name]
         known = [output.detach() for output in outputs]
         maps = bias_maps(self.original[n.name], call, args, kwargs, known)
-        if len(maps) > 1:  # a constant's own output lies on no path to the input: lay one
-            live = sum(o.sum() for o in outputs if o.requires_grad)
-            value = outputs = [o + 0.0 * live for o in outputs]
         for index, (output, added) in enumerate(zip(outputs, maps, strict=False)):
             if output.requires_grad:
                 key = n.name if len(maps) == 1 else f"{n.name}[{index}]"
                 output.register_hook(partial(self._on_gradient, key, added))
-        return value
 
     def _on_gradient(self, key: str, added: Tensor, g: Tensor | None) -> None:
         if g is not None:  # of an output that nobody reads
@@ -189,7 +187,6 @@ def _split(
     batch_dims: Mapping[str, int | None],
 ) -> FullGrad:
     maps: dict[str, Tensor] = {}
-
     run = Run(module, graph, labels, lambda name, g, b: maps.update({name: finite_products(g, b)}))
     with torch.enable_grad():
         flat = pytree.tree_leaves(

@@ -269,8 +269,8 @@ def _elementwise(op: Operator, call: Call) -> tuple[Mode, ...]:
 
 def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
     frozen = polynomial(op.signature, call)
-    if frozen and "input" not in call.moving:
-        return (Mode(None, frozen),)  # sigma is a constant
+    if frozen and "input" not in call.moving and any(o.name == "weight" for o in call.operands):
+        return (Mode(None, frozen),)  # 1/sigma is constant
     eps = call.arguments.get("eps", 1.0)
     # without eps the input may have any degree: exactly scale-invariant
     held = call.moving if eps is None or eps > 0 else call.moving - {"input"}

@@ -5,7 +5,8 @@ its real (edited) Jacobian times its operands', taken by a transposed vector-Jac
 that is no multiple of the node's value, one number for all elements and all points, and every
 operand that carries gradient has its own value for a tangent (degree 1), constants may be leaves:
 the fewest whose contributions, finite differences along their own rays, make the tangent the value.
-None may contribute through a frozen operand, and no literal through any (celu's alpha does); one
+None may contribute through a frozen operand, no literal through any (celu's alpha does), and a
+tensor through a live one only where the call is not linear in it (hypot, not a weight). A literal
 that reaches divisors alone is none.
 
 This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
@@ -30,7 +31,6 @@ STEP = 2.0**-16
 NUDGE = 1e-6
 _BLENDS = {"weight"}
 """lerp's: x + weight (end - x), so that `end` meets x first, and a frozen weight both of them"""
-_SHAPE_OF_ANOTHER = ("_as.", "to.other")
 _SHAPE_ONLY = ("_like", "new_", "sym_")
 
 
@@ -173,7 +173,7 @@ class Tracker:
         self.live[node] = (False,) * len(_outputs(values[0]))
 
     def _call(self, node: fx.Node) -> None:
-        moving = any(n in self.moving for n in node.all_input_nodes)
+        moving = any(n in self.moving for n in _read(node))
         name = getattr(node.target, "__name__", str(node.target))
         source: Any = node.args[0] if node.args else None
         if node.target is operator.getitem and isinstance(
@@ -182,8 +182,6 @@ class Tracker:
         ):
             self._item(node)
             return
-        if any(word in name for word in _SHAPE_OF_ANOTHER):
-            moving = source in self.moving
         bounds = [Bound(node, self.values[k].__getitem__) for k in range(self.count)]
         if not moving or any(word in name for word in _SHAPE_ONLY):
             with torch.no_grad():
@@ -314,23 +312,41 @@ class Tracker:
         moving = [p for p in bounds[0].places if p.node in self.moving and is_real(p.value)]
         moving = [p for p in moving if not (lerp and p.label in _BLENDS)]
         frozen = [p for p in moving if p.node not in self.edges[node]]
-        for_literals = [_nudged(b, moving) for b in bounds]
-        for_tensors = [_nudged(b, frozen) for b in bounds]
+        by_all = [_nudged(b, moving) for b in bounds]
+        by_frozen = [_nudged(b, frozen) for b in bounds]
+        values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
+        values = [torch.where(torch.isfinite(v.abs()), v.abs(), 0.0) for v in values]
+        tops = [float(v.max()) if v.numel() else 0.0 for v in values]
         with torch.no_grad():
             for place in self._constants(node, bounds[0]):
                 here = _rays(bounds, place.index, item, [{}] * self.count)
-                nudged = for_literals if place.node is None else for_tensors
-                there = _rays(bounds, place.index, item, nudged)
-                if here is None or there is None:
+                there = _rays(bounds, place.index, item, by_all)
+                held = _rays(bounds, place.index, item, by_frozen)
+                if here is None or there is None or held is None:
                     continue
                 sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in here]
-                same = all(
-                    x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, size)
-                    for x, y, size in zip(here, there, sizes, strict=True)
-                )
+                if not _alike(here, held, tops):
+                    continue
+                same = _alike(here, there, tops)
+                if not same and place.node is not None:
+                    same = self._curved(bounds, place.index, item, here)
                 if same and max(sizes) > 1e-12:
                     found.append((place.label, here))
         return found + self._origin(node, bounds, item)
+
+    def _curved(self, bounds: list[Bound], index: int, item: int, here: list[Tensor]) -> bool:
+        """Whether a call is not linear in a constant: hypot's is no coefficient, a weight is.
+
+        Only what moves with live operands comes here; with frozen ones it is a coefficient too.
+        """
+        larger = _rays(bounds, index, item, [{index: 1.5 * b.leaves[index]} for b in bounds])
+        if larger is None:
+            return False
+        return any(
+            float((y - 1.5 * x).abs().max()) > 1e-6 * max(1.0, float(x.abs().max()))
+            for x, y in zip(here, larger, strict=True)
+            if x.numel()
+        )
 
     def _constants(self, node: fx.Node, bound: Bound) -> Iterator[Place]:
         literals = set() if node.name in self.divisors else bound.scalars
@@ -357,6 +373,25 @@ class Tracker:
         ]
         made = [b.run({i: torch.zeros_like(b.leaves[i]) for i in moving}) for b in bounds]
         return [("f(0)", [_outputs(m)[item].detach() for m in made])]
+
+
+_LENDING = {
+    "aten.view_as.default": 1,
+    "aten.expand_as.default": 1,
+    "aten.reshape_as.default": 1,
+    "aten.type_as.default": 1,
+    "aten.to.other": 1,
+    "aten.fill.Tensor": 0,
+}
+"""the argument that lends nothing but its shape or dtype"""
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a call reads."""
+    lends = _LENDING.get(str(node.target))
+    kept = [a for i, a in enumerate(node.args) if i != lends]
+    leaves = pytree.tree_leaves((kept, node.kwargs))
+    return [n for n in leaves if isinstance(n, fx.Node)]
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -424,6 +459,15 @@ def _by_rows(
     return torch.stack(rows).reshape(output.shape).detach(), reached
 
 
+def _alike(here: list[Tensor], there: list[Tensor], tops: list[float]) -> bool:
+    """Whether contributions are the same, up to the digits of a finite difference of values whose
+    largest are `tops`."""
+    return all(
+        x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, top)
+        for x, y, top in zip(here, there, tops, strict=True)
+    )
+
+
 def _nudged(bound: Bound, places: Sequence[Place]) -> dict[int, Any]:
     """The operands there, each element moved by another millionth or less."""
     moved = {}
@@ -454,7 +498,8 @@ def _ray(
     parts = []
     for k in (-2, -1, 1, 2):
         try:
-            moved = bound.run(replaced | {index: bound.leaves[index] * (1 + k * step)})
+            start = replaced.get(index, bound.leaves[index])
+            moved = bound.run(replaced | {index: start * (1 + k * step)})
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None
         parts.append(_outputs(moved)[item])

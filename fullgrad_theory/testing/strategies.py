@@ -510,11 +510,12 @@ class _Builder:
         how = self.draw(0, 5)
         if how <= 2:
             return self.emit("aten.mul.Tensor", live, still)
+        # never the live value itself, detached: x + x.detach() is of degree 1/2, and all would tie
+        still = self.emit("aten.add.Scalar", still, 0.75)
         if how == 3:
             return self.emit("aten.add.Tensor", live, still)
         if how == 4:
-            return self.emit("aten.mul.Tensor", live, self.emit("aten.add.Scalar", still, 1.0))
-        # never the live value itself, detached: everything would tie
+            return self.emit("aten.mul.Tensor", live, still)
         still = self.emit("aten.mul.Tensor", still, self.weight(self.tensor(live).shape))
         return self.emit("aten.maximum.default", live, still)
 
