@@ -292,6 +292,9 @@ class Tracker:
     def _of_degree_one(self, node: fx.Node) -> bool:
         """Whether each operand that carries gradient has its own value for a tangent."""
         for source in self.edges[node]:
+            known = self.locals.get(source, ())
+            if known and all(d.degree is not None and abs(d.degree - 1) < TOLERANCE for d in known):
+                continue  # judged with the digits that its leaves left it
             for k in range(self.count):
                 for v, t in zip(
                     _outputs(self.values[k][source]),
