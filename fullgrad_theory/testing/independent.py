@@ -255,7 +255,11 @@ class Tracker:
         values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
-        if all(torch.allclose(values[0], v, rtol=1e-12, atol=1e-12) for v in values[1:]):
+        shapes = {v.shape for v in values}  # masked_select's differ
+        first = values[0]
+        if len(shapes) == 1 and all(
+            torch.allclose(first, v, rtol=1e-12, atol=1e-12) for v in values[1:]
+        ):
             self.saturated.add(node.name)  # softmax of equal scores
         held = found.degree is not None and abs(found.degree) > TOLERANCE
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
