@@ -256,7 +256,11 @@ class Tracker:
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
         found = multiple(tangents, values)
         held = found.degree is not None and abs(found.degree) > TOLERANCE
-        still = all(torch.allclose(values[0], v, rtol=TOLERANCE, atol=1e-12) for v in values[1:])
+        first = values[0]
+        still = all(
+            v.shape == first.shape and torch.allclose(first, v, rtol=TOLERANCE, atol=1e-12)
+            for v in values[1:]  # masked_select's shapes differ
+        )
         if still and self.edges[node]:
             self.saturated.add(node.name)  # softmax of equal scores, x / x: any degree fits
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
@@ -285,8 +289,10 @@ class Tracker:
                 wide, near = (
                     _rays(bounds, place.index, item, nothing, step) for step in (STEP, STEP / 32)
                 )
-                for a, b in zip(wide or (), near or (), strict=False):
-                    if not torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max())):
+                for k, (a, b) in enumerate(zip(wide or (), near or (), strict=False)):
+                    value = _outputs(self.values[k][node])[item]
+                    size = max(1e-4 * float(a.abs().max()), 1e-7 * float(value.abs().max()))
+                    if not torch.allclose(a, b, rtol=1e-4, atol=size):
                         raise Unjudged(f"a jump lies within a step of {place.label}")
 
     def _of_degree_one(self, node: fx.Node) -> bool:

@@ -72,7 +72,7 @@ def check_properties(architecture: Architecture, thorough: bool = True) -> Outco
         return _check(architecture, thorough)
     except PropertyError:
         raise
-    except (Unjudged, NonFiniteError) as error:
+    except (Unjudged, NonFiniteError, torch.linalg.LinAlgError) as error:
         return Outcome("unjudged", reason=f"{type(error).__name__}: {error}")
     except (TraceError, UnregisteredOperationError) as error:
         return Outcome("refused", reason=f"{type(error).__name__}: {error}")
