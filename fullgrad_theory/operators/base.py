@@ -282,10 +282,12 @@ def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
 def _attention(op: Operator, call: Call) -> tuple[Mode, ...]:
     weights = tuple(sorted(call.moving & {"query", "key", "attn_mask"}))
     values = ((("value", Fraction(1)),),) if "value" in call.moving else ()
-    along = _integrated(op, call, call.moving - {"attn_mask"})
-    # a mask restricts the domain: held fixed
-    held = replace(along, zero=tuple(call.moving & {"attn_mask"}))
-    return Mode(None, (Relation(values, weights),)), Mode("integrate", (held,))
+    plain = Mode(None, (Relation(values, weights),))
+    mask = call.moving & {"attn_mask"}  # restricts the domain: held fixed
+    if mask and not values:
+        return (plain,)  # and then what is left at 0 would depend on it
+    along = _integrated(op, call, call.moving - mask)
+    return plain, Mode("integrate", (replace(along, zero=tuple(mask)),))
 
 
 def _freezing(op: Operator, call: Call) -> tuple[Mode, ...]:
