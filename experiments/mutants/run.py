@@ -2,10 +2,10 @@
 
     python experiments/mutants/run.py [NAME ...] [--jobs 2] [--again]
 
-A mutant is caught when its suspects (the tests that ought to notice) fail; if they pass, the whole
-test suite is asked, then a short fuzzing campaign. What nobody notices is a survivor. Each answer
-goes to results.json as soon as it is known, so an interrupted run goes on where it stopped;
-results.md is the table. Exit code 1 where there are survivors.
+A mutant is caught when its suspects (the tests that ought to notice) fail. Once all suspects were
+asked, those that noticed nothing go to the whole test suite, then to a short fuzzing campaign. What
+nobody notices is a survivor. Each answer goes to results.json as soon as it is known, so an
+interrupted run goes on where it stopped; results.md is the table. Exit code 1 for survivors.
 """
 
 from __future__ import annotations
@@ -74,27 +74,32 @@ def pytest(root: Path, *arguments: str) -> str | None:
     return named[1] if named else "while loading"
 
 
-def judge(mutant: Mutant) -> dict[str, Any]:
-    """Who notices, and at which stage: suspects, suite, campaign; or nobody."""
+def ask_suspects(mutant: Mutant) -> dict[str, Any]:
+    """Which of its suspects notices, or nobody."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         copy(root)
         plant(mutant, root)
         found = pytest(root, *mutant.suspects)
-        if found:
-            return {"caught": "suspects", "by": found}
+    return {"asked": "suspects", "by": found}
+
+
+def ask_all(mutant: Mutant) -> dict[str, Any]:
+    """Which test of the whole suite notices, or the campaign, or nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        copy(root)
+        plant(mutant, root)
         found = pytest(root, "--deselect", "tests/test_house.py")
-        if found:
-            return {"caught": "suite", "by": found}
-        code, output = run(root, *CAMPAIGN)
-        if code:
-            return {"caught": "campaign", "by": " ".join(output.split()[-12:])}
-    return {"caught": None, "by": None}
+        if found is None:
+            code, output = run(root, *CAMPAIGN)
+            found = f"campaign: {' '.join(output.split()[-12:])}" if code else None
+    return {"asked": "all", "by": found}
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown."""
-    caught = sum(row["caught"] is not None for row in results.values())
+    caught = sum(row["by"] is not None for row in results.values())
     lines = [
         "# Who checks the checker",
         "",
@@ -106,7 +111,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for mutant in MUTANTS:
         row = results.get(mutant.name)
         if row:
-            by = row["by"] or f"**survives**: {mutant.excuse or 'no reason known'}"
+            missed = "not by its suspects; the suite was not asked yet"
+            if row["asked"] == "all":
+                missed = f"**survives**: {mutant.excuse or 'no reason known'}"
+            by = row["by"] or missed
             lines.append(f"| {mutant.name} | {mutant.file} | {mutant.kind} | {by} |")
     return "\n".join(lines) + "\n"
 
@@ -122,16 +130,24 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     chosen = [m for m in MUTANTS if not options.names or m.name in options.names]
-    waiting = [m for m in chosen if options.again or m.name not in results]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        answers = zip(waiting, pool.map(judge, waiting), strict=True)
-        for mutant, answer in track(answers, "judging", total=len(waiting)):
-            print(f"{mutant.name}: {answer['by'] or 'SURVIVES'}", flush=True)
-            results[mutant.name] = answer
-            ordered = {m.name: results[m.name] for m in MUTANTS if m.name in results}
-            STORE.write_text(json.dumps(ordered, indent=1) + "\n")
-            (HERE / "results.md").write_text(table(ordered))
-    return any(results[m.name]["caught"] is None for m in chosen)
+    if options.again:
+        results = {
+            name: row for name, row in results.items() if name not in {m.name for m in chosen}
+        }
+    for ask in (ask_suspects, ask_all):
+        unseen: dict[str, Any] = {"asked": "", "by": None}
+        rows = {m.name: results.get(m.name, unseen) for m in chosen}
+        last = "" if ask is ask_suspects else "suspects"
+        waiting = [m for m in chosen if not rows[m.name]["by"] and rows[m.name]["asked"] == last]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            answers = zip(waiting, pool.map(ask, waiting), strict=True)
+            for mutant, answer in track(answers, ask.__name__, total=len(waiting)):
+                print(f"{mutant.name}: {answer['by'] or 'nobody'}", flush=True)
+                results[mutant.name] = answer
+                ordered = {m.name: results[m.name] for m in MUTANTS if m.name in results}
+                STORE.write_text(json.dumps(ordered, indent=1) + "\n")
+                (HERE / "results.md").write_text(table(ordered))
+    return any(results[m.name]["by"] is None for m in chosen)
 
 
 if __name__ == "__main__":
