@@ -470,7 +470,8 @@ class _Audit:
             operands = {o.name: o.node for o in self.labels.live.calls[name].operands}
             nodes = [operands.get(n) for n in names]
             leaf = nodes[0] if len(nodes) == 1 else None
-            if leaf is not None and leaf.op == "get_attr" and len(leaf.users) == 1:
+            once = leaf is not None and [*operands.values()].count(leaf) == len(leaf.users) == 1
+            if leaf is not None and leaf.op == "get_attr" and once:
                 found[name] = str(leaf.target)
         parameters = dict(self.graph.fx.named_parameters())
         return {n: t for n, t in found.items() if t in parameters}

@@ -325,3 +325,19 @@ def test_a_least_share_for_the_input() -> None:
     bound = fgt.check_completeness(model, x, least_share=1e-3)
     assert bound.complete is False and any("next to nothing" in p for p in bound.problems)
     assert fgt.check_completeness(lambda x: model(x, 1.0), x, least_share=1e-3).complete is True
+
+
+def test_a_parameter_twice_in_one_call_is_no_modified_backward() -> None:
+    """Leaf and blend at once: its own gradient is that of both uses."""
+
+    class Blend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 3, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.lerp(self.w, x, self.w)
+
+    report = fgt.check_completeness(Blend().eval(), torch.randn(2, 3))
+    assert report.complete is True, str(report)
+    assert not any("modified" in note for note in report.notes)

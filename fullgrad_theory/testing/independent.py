@@ -391,6 +391,7 @@ _LENDING = {
     "aten.type_as.default": 1,
     "aten.to.other": 1,
     "aten.fill.Tensor": 0,
+    "aten.fill.Scalar": 0,
 }
 """the argument that lends nothing but its shape or dtype"""
 
