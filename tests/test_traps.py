@@ -689,3 +689,23 @@ def test_the_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError):
         fgt.trace(Failing().eval(), X)
     assert capfd.readouterr() == ("", "")
+
+
+def test_factories_live_where_the_input_lives() -> None:
+    """Export bakes a factory's device in: an audit without weights must not mix devices."""
+
+    def model(x: Tensor) -> Tensor:
+        return F.relu(x + torch.linspace(0, 1, 4, device=x.device))
+
+    assert fgt.check_completeness(model, X).complete is True
+    graph = fgt.trace(model, X.to("meta"))
+    factory = next(n for n in graph.fx.graph.nodes if "linspace" in n.name)
+    assert factory.meta["val"].device.type == "meta"
+    assert fgt.check_completeness(graph).complete is True
+
+
+def test_forward_mode_is_refused_and_never_wrong() -> None:
+    """An edited backward has no forward derivative; torch says so instead of using the old one."""
+    balanced = fgt.balance(F.gelu, X)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(balanced, (X,), (X,))
