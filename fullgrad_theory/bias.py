@@ -33,7 +33,6 @@ _CHANNEL_SECOND = {"aten.group_norm.default", "aten.instance_norm.default"}
 _LINEAR_PIECES = {
     f"aten.{op}.{kind}" for op in ("remainder", "fmod") for kind in ("Scalar", "Tensor")
 }
-_DISTANCES = {"aten.hypot.default", "aten.dist.default", "aten.cdist.default"}
 
 
 def bias_maps(
@@ -103,7 +102,8 @@ def bias_map(
                 return torch.where(output == 0, 0.0, output - live[0])
             if name in _LINEAR_PIECES:  # self - n other, n a whole number
                 return output - values["self"] if "self" in call.moving else values["self"]
-            if name in _DISTANCES:
+            held = {n: v for n, v in values.items() if n not in call.moving and is_ray(v)}
+            if held:  # distances, and selections, which may share an element between equals
                 return _along_constants(node, call, args, kwargs, values)
             chosen = torch.stack([output == u.expand_as(output) for u in live]).any(0)
             return output.masked_fill(chosen, 0.0)
@@ -163,21 +163,19 @@ def _along_constants(
     kwargs: dict[str, Any],
     values: dict[str, Any],
 ) -> Tensor:
-    """J_b b of a differentiable distance: its derivative as its constant operand b grows."""
-    if call.operator.name == "aten.cdist.default":  # no forward derivative; torch's own does
-        apart = lambda a, b: torch.linalg.vector_norm(  # noqa: E731
-            a.unsqueeze(-2) - b.unsqueeze(-3), values.get("p", 2.0), dim=-1
-        )
-        names = ("x1", "x2")
-    else:
-        names = ("self", "other")
-        extra = args[2:]
-        apart = lambda a, b: node.target(a, b, *extra, **kwargs)  # type: ignore[operator]  # noqa: E731
-    given = tuple(values[n] for n in names)
-    tangents = tuple(
-        torch.zeros_like(v) if n in call.moving else v for n, v in zip(names, given, strict=True)
-    )
-    return torch.func.jvp(apart, given, tangents)[1]
+    """J_b b by the operation's own derivative as its constant tensors b grow."""
+    given = {n: v for n, v in values.items() if is_ray(v)}
+    along = {n: torch.where(v.isfinite(), v, 0.0) for n, v in given.items()}
+    tangents = {n: torch.zeros_like(v) if n in call.moving else along[n] for n, v in given.items()}
+
+    def value(*tensors: Tensor) -> Any:
+        replaced = dict(zip(given, tensors, strict=True))
+        if call.operator.name == "aten.cdist.default":  # it has no forward derivative
+            apart = replaced["x1"].unsqueeze(-2) - replaced["x2"].unsqueeze(-3)
+            return torch.linalg.vector_norm(apart, values.get("p", 2.0), dim=-1)
+        return evaluate(node.target, args, kwargs, replaced)
+
+    return torch.func.jvp(value, tuple(given.values()), tuple(tangents.values()))[1]
 
 
 def leaf_names(node: fx.Node, call: Call) -> str:
