@@ -295,7 +295,14 @@ class _Audit:
             self.problems.append(
                 f"end to end the attributed sum misses the output by {worst:.2e} of it"
             )
-            if sound and self.verdicts and not self.problems[:-1] and not self.modified:
+            parts = max(abs(m.input_share) + abs(m.bias_share) for m in self.measurements)
+            if sound and self.verdicts and self._within_rounding():
+                self.unjudged = True
+                self.problems.append(
+                    f"which is rounding: its parts are {parts:.0e} times the output and cancel, so "
+                    "that too few digits are left to judge the whole; choose other inputs"
+                )
+            elif sound and self.verdicts and not self.problems[:-1] and not self.modified:
                 self.problems.append(
                     "every node is consistent and the whole is not: an error of this library or a "
                     "backward that the trace does not show; please report it"
@@ -310,6 +317,13 @@ class _Audit:
         for dtype in self.beside:
             self._show(dtype, root, moved)
         self.shown, self.measurements = self.measurements[len(judged) :], judged
+
+    def _within_rounding(self) -> bool:
+        """Whether every residual is at rounding level, relative to the parts that cancel."""
+        return all(
+            m.relative <= self.tolerance * max(1.0, abs(m.input_share) + abs(m.bias_share))
+            for m in self.measurements
+        )
 
     def _show(self, dtype: torch.dtype, root: fx.GraphModule, inputs: list[Any]) -> None:
         """The residual of the whole in another precision; nothing follows from it."""

@@ -340,7 +340,8 @@ class Campaign:
     """`examples` random architectures from `seed` on, in `jobs` processes.
 
     With a folder `out` its state is kept there after every chunk and taken up again; failures are
-    written to `failures/`. Raises `InputError` where the folder holds another seed's campaign.
+    written to `failures/`, and judged anew where it is taken up. Raises `InputError` where the
+    folder holds another seed's campaign.
     """
 
     examples: int
@@ -354,6 +355,7 @@ class Campaign:
     def run(self, tick: Tick) -> Tally:
         """Work off what is not done; returns the tally of all that is."""
         self._load()
+        self._judge_failures_anew()
         whole = self.examples // CHUNK
         chunks = [(i, CHUNK) for i in range(whole) if i not in self.done]
         if self.examples % CHUNK and whole not in self.done:
@@ -369,6 +371,17 @@ class Campaign:
             self._save(found, whole=count == CHUNK)
             tick("architectures", self.tally.examples, self.examples)
         return self.tally
+
+    def _judge_failures_anew(self) -> None:
+        """What failed under an earlier state of the code counts as what it is under this one."""
+        failures, self.tally.failures = self.tally.failures, []
+        for failure in failures:
+            again = run_example(failure["seed"])
+            self.tally.outcomes["failed"] -= 1
+            self.tally.outcomes += again.outcomes
+            self.tally.failures += again.failures
+            if self.out is not None and not again.failures:
+                (self.out / "failures" / _file_name(failure)).unlink(missing_ok=True)
 
     def _results(self, chunks: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Tally]]:
         first = self.seed * SPAN
@@ -430,11 +443,14 @@ class Campaign:
         (self.out / "summary.md").write_text(summary(self) + "\n", encoding="utf-8")
 
 
+def _file_name(failure: dict[str, Any]) -> str:
+    return f"{failure['property'].replace(' ', '-')}-{failure['seed']}.json"
+
+
 def save_failure(folder: Path, failure: dict[str, Any]) -> Path:
     """Write a failure where the tests replay it; one file a program."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{failure['property'].replace(' ', '-')}-{failure['seed']}.json"
-    path = folder / name
+    path = folder / _file_name(failure)
     path.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -2,12 +2,12 @@
 
 Every value carries a tangent: the inputs their own value, constants nothing. A node's tangent is
 its real (edited) Jacobian times its operands', taken by a transposed vector-Jacobian product. Where
-that is no multiple of the node's value, one number for all elements and all points, and every
-operand that carries gradient has its own value for a tangent (degree 1), constants may be leaves:
-the fewest whose contributions, finite differences along their own rays, make the tangent the value.
-None may contribute through a frozen operand, no literal through any (celu's alpha does), and a
-tensor through a live one only where the call is not linear in it (hypot, not a weight). A literal
-that reaches divisors alone is none.
+that is no multiple of the node's value, one number for all elements and all points, and the
+operands that carry gradient have their own values for tangents (degree 1) or, not all of them,
+nothing (degree 0), constants may be leaves: the fewest whose contributions, finite differences
+along their own rays, make the tangent the value. None may contribute through a frozen operand, no
+literal through any (celu's alpha does), and a tensor through a live one only where the call is not
+linear in it (hypot, not a weight). A literal that reaches divisors alone is none.
 
 This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
 residual with the library; it shares the traced graph and the rewritten module, which are what is
@@ -192,7 +192,7 @@ class Tracker:
         live: list[tuple[bool, ...]] = []
         for k, bound in enumerate(bounds):
             with torch.enable_grad():
-                value, tangent, alive, edges = self._push(bound, k)
+                value, tangent, alive, edges = self._push(bound, k, _read(node))
             reached |= edges
             live.append(alive)
             self.values[k][node], self.tangents[k][node] = value, tangent
@@ -219,14 +219,16 @@ class Tracker:
             self.locals[node] = (self.locals[source][index],)
         self.edges[node] = {source} if self.live[node][0] else set()
 
-    def _push(self, bound: Bound, k: int) -> tuple[Any, Any, tuple[bool, ...], set[fx.Node]]:
+    def _push(
+        self, bound: Bound, k: int, read: Sequence[fx.Node]
+    ) -> tuple[Any, Any, tuple[bool, ...], set[fx.Node]]:
         """A call's value, its Jacobian times its operands' tangents, which outputs carry gradient,
         and from which operands."""
         fresh: dict[int, Tensor] = {}
         places = [
             p
             for p in bound.places
-            if p.node is not None and any(self.live[p.node]) and is_real(p.value)
+            if p.node is not None and p.node in read and any(self.live[p.node]) and is_real(p.value)
         ]
         for place in places:
             fresh[place.index] = place.value.detach().requires_grad_()
@@ -264,7 +266,7 @@ class Tracker:
         if still and self.edges[node]:
             self.saturated.add(node.name)  # softmax of equal scores, x / x: any degree fits
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
-        if held or not self.edges[node] or not self._of_degree_one(node):
+        if held or not self.edges[node] or not self._of_degree_one_or_zero(node):
             return found
         candidates = self._added(node, bounds, item)
         for size in range(1, len(candidates) + 1):
@@ -307,20 +309,27 @@ class Tracker:
                     if not torch.allclose(a, b, rtol=1e-4, atol=size):
                         raise Unjudged(f"a jump lies within a step of {place.label}")
 
-    def _of_degree_one(self, node: fx.Node) -> bool:
-        """Whether each operand that carries gradient has its own value for a tangent."""
-        for source in self.edges[node]:
-            known = self.locals.get(source, ())
-            if known and all(d.degree is not None and abs(d.degree - 1) < TOLERANCE for d in known):
-                continue  # judged with the digits that its leaves left it
-            for k in range(self.count):
-                for v, t in zip(
-                    _outputs(self.values[k][source]),
-                    _outputs(self.tangents[k][source]),
-                    strict=True,
-                ):
-                    if is_real(v) and distance([t], [v], 1.0) > TOLERANCE:
-                        return False
+    def _of_degree_one_or_zero(self, node: fx.Node) -> bool:
+        """Whether each operand that carries gradient has its own value for a tangent, or nothing;
+        one at least its own value."""
+        wanted = [self._has_degree(source, 1.0) for source in self.edges[node]]
+        return any(wanted) and all(
+            one or self._has_degree(source, 0.0)
+            for one, source in zip(wanted, self.edges[node], strict=True)
+        )
+
+    def _has_degree(self, source: fx.Node, degree: float) -> bool:
+        known = self.locals.get(source, ())
+        if known and all(
+            d.degree is not None and abs(d.degree - degree) < TOLERANCE for d in known
+        ):
+            return True  # judged with the digits that its leaves left it
+        for k in range(self.count):
+            for v, t in zip(
+                _outputs(self.values[k][source]), _outputs(self.tangents[k][source]), strict=True
+            ):
+                if is_real(v) and distance([t], [v], degree) > TOLERANCE:
+                    return False
         return True
 
     def _added(

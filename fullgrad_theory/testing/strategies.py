@@ -318,6 +318,7 @@ class _Builder:
         given = Architecture(self.inputs, (), (), (), seed, True).example()
         self.values: list[Any] = [x.requires_grad_() for x in given]
         self.current = len(self.values) - 1
+        self.unsized: set[int] = set()
 
     # ------------------------------------------------------------------ statements
 
@@ -394,7 +395,10 @@ class _Builder:
         found = [
             i
             for i, v in enumerate(self.values)
-            if self.is_live(v) and v.is_floating_point() and i != self.current
+            if self.is_live(v)
+            and v.is_floating_point()
+            and i != self.current
+            and i not in self.unsized
         ]
         return [self.current, *reversed(found)]
 
@@ -489,6 +493,7 @@ class _Builder:
         if not isinstance(value, Tensor):
             return self.emit("aten.mul.Scalar", Value(self.current), made)
         if torch.Tag.dynamic_output_shape in getattr(overload(name), "tags", ()):
+            self.unsized.add(made.index)  # of another shape for other inputs
             made = self.emit("aten.sum.default", made)
             value = self.values[made.index]
         if "empty" in name:  # it holds what memory held, and lends its shape alone
