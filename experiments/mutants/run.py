@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,8 @@ from table import MUTANTS, Mutant  # noqa: E402
 
 STORE = HERE / "results.json"
 COPIED = ("fullgrad_theory", "tests", "proofs", "docs")
+LIMIT = 1200
+"""seconds of processor time for one pytest: the whole suite takes half of it"""
 CAMPAIGN = ("-c", "from fullgrad_theory.cli import app; app()", "fuzz", "--examples", "200")
 
 
@@ -59,6 +63,7 @@ def run(root: Path, *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=root, env=environment, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT)),
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
@@ -69,6 +74,8 @@ def pytest(root: Path, *arguments: str) -> str | None:
     code, output = run(root, "-m", "pytest", *options, *arguments)
     if code == 0:
         return None
+    if code in (-signal.SIGKILL, -signal.SIGXCPU):
+        return f"no end within {LIMIT} s of processor time"
     if code not in (1, 2):  # 5: no test was selected, 4: wrong arguments
         raise RuntimeError(f"pytest {' '.join(arguments)} ended with {code}:\n{output[-2000:]}")
     named = re.search(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)

@@ -122,7 +122,7 @@ MUTANTS: tuple[Mutant, ...] = (
            (OPERATORS, CHECK, DERIVE)),
     Mutant("attention forgets its keys", DEGREE, "operators/base.py",
            'call.moving & {"query", "key", "attn_mask"}', 'call.moving & {"query", "attn_mask"}',
-           (PROOFS, DERIVE, CHECK)),
+           (DERIVE, PROOFS, CHECK)),
     Mutant("no operand is a bias leaf", LEAF, "operators/base.py",
            "    return tuple(dict.fromkeys(names))", "    return ()", (CHECK, FULLGRAD, BALANCE)),
     # ------------------------------------------------------------------ degrees
