@@ -21,7 +21,7 @@ from .degrees import Degrees, State, degrees
 from .derive import derive_rules
 from .errors import FullgradError, NonConvergenceWarning, NonFiniteError, NoPlanError, TraceError
 from .fold import fold
-from .fullgrad import Run, inner
+from .fullgrad import Run, finite_products, inner
 from .leaves import LeafSpec
 from .numeric import (
     NodeByNode,
@@ -168,6 +168,8 @@ class _Audit:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unjudged: bool = False
+    parts: list[float] = field(default_factory=list)
+    """one a measurement: the sum of the contributions' magnitudes, relative to the output's"""
     modified: bool = False
     error_before: float | None = None
     labels: Degrees = field(init=False)
@@ -295,12 +297,13 @@ class _Audit:
             self.problems.append(
                 f"end to end the attributed sum misses the output by {worst:.2e} of it"
             )
-            parts = max(abs(m.input_share) + abs(m.bias_share) for m in self.measurements)
-            if sound and self.verdicts and self._within_rounding():
+            rounding = (self.tolerance * max(1.0, p) for p in self.parts)
+            hidden = all(m.relative <= r for m, r in zip(self.measurements, rounding, strict=True))
+            if sound and self.verdicts and hidden:
                 self.unjudged = True
                 self.problems.append(
-                    f"which is rounding: its parts are {parts:.0e} times the output and cancel, so "
-                    "that too few digits are left to judge the whole; choose other inputs"
+                    f"which is rounding: its parts are {max(self.parts):.0e} times the output and "
+                    "cancel, so that too few digits are left to judge it; choose other inputs"
                 )
             elif sound and self.verdicts and not self.problems[:-1] and not self.modified:
                 self.problems.append(
@@ -317,13 +320,6 @@ class _Audit:
         for dtype in self.beside:
             self._show(dtype, root, moved)
         self.shown, self.measurements = self.measurements[len(judged) :], judged
-
-    def _within_rounding(self) -> bool:
-        """Whether every residual is at rounding level, relative to the parts that cancel."""
-        return all(
-            m.relative <= self.tolerance * max(1.0, abs(m.input_share) + abs(m.bias_share))
-            for m in self.measurements
-        )
 
     def _show(self, dtype: torch.dtype, root: fx.GraphModule, inputs: list[Any]) -> None:
         """The residual of the whole in another precision; nothing follows from it."""
@@ -385,9 +381,11 @@ class _Audit:
         """The largest relative residual of the whole, None where the output is zero."""
         self.tick(f"end to end, {where}", 0, 1)
         biases: dict[str, float] = {}
+        parts: list[float] = []
 
         def on_bias(name: str, g: Tensor, added: Tensor) -> None:
             biases[name] = biases.get(name, 0.0) + inner(g, added)
+            parts.append(float(finite_products(g, added).abs().sum()))
 
         run = Run(module, self.graph, self.labels, on_bias)
         with torch.enable_grad(), warnings.catch_warnings():
@@ -425,6 +423,9 @@ class _Audit:
             through_biases / value_own if value_own else float("nan"),
         )
         self.measurements.append(found)
+        pairs = zip(grads, given, strict=True)
+        parts += [float(finite_products(g.detach(), x.detach()).abs().sum()) for g, x in pairs]
+        self.parts.append(sum(parts) / magnitude)
         return found.relative
 
     def _own(

@@ -576,6 +576,12 @@ REFUSED = {
     "training inside": (_TRAINING, X, TrainingModeError, "'0'|'1'"),
     "random": (lambda x: x + torch.randn(4), X, TrainingModeError, "random"),
     "dropout": (F.dropout, X, UnregisteredOperationError, "random"),
+    "strides": (
+        lambda x: x.reshape(-1)[:1].as_strided((2, 2), (2, 1)),
+        X,
+        UnregisteredOperationError,
+        "reads memory",
+    ),
     "control flow": (Branching().eval(), X, TraceError, "depends on a tensor's values"),
     "no inputs": (nn.Linear(4, 3).eval(), None, InputError, "pass inputs"),
     "wrong shape": (nn.Linear(4, 3).eval(), seeded(2, 5), InputError, r"\(2, 5\)"),
@@ -604,6 +610,47 @@ def test_refused_by_name(name: str) -> None:
     with pytest.raises(error, match=message) as caught:
         fgt.check_completeness(model, x)
     assert isinstance(caught.value, FullgradError)
+
+
+def test_parts_that_cancel_to_rounding_are_unknown() -> None:
+    x = seeded(1, 1000).double()
+    bias = nn.Parameter(1e-12 - x.sum(-1, keepdim=True))
+    report = fgt.check_completeness(Module(lambda m, x: x.sum(-1, True) + m.b, b=bias), x)
+    assert report.complete is None
+    assert report.error is not None and 1e-10 < report.error < 1
+    assert any("rounding" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("larger", [torch.maximum, torch.fmax, torch.minimum, torch.fmin])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_constants_that_tie_with_live_values(larger, swapped: bool) -> None:  # type: ignore[no-untyped-def]
+    """Torch gives each of two equals half, or one of them all: what is left is the constant's."""
+    x = seeded(3, 4).double()
+    tie = nn.Parameter(torch.where(x > 0, x, seeded(3, 4, seed=1).double()).detach())
+
+    def function(m, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return larger(m.tie, x) if swapped else larger(x, m.tie)
+
+    report = fgt.check_completeness(Module(function, tie=tie), x)
+    assert report.complete and report.error is not None and report.error < 1e-12
+
+
+def test_views_of_several_operands_have_nothing_to_do_with_each_other() -> None:
+    """Of degrees 1 and 0 and constant: one label for all of them fits none."""
+    x, w = seeded(2, 4), nn.Parameter(seeded(4))
+
+    def function(m, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        linear, direction, constant = torch.broadcast_tensors(x, x / norm, m.w)
+        return linear * constant * direction
+
+    assert fgt.check_completeness(Module(function, w=w), x).complete
+
+    def grid(m, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        rows, columns = torch.meshgrid(x[0], m.w, indexing="xy")
+        return rows * columns
+
+    assert fgt.check_completeness(Module(grid, w=w), x).complete
 
 
 def test_all_unregistered_operations_are_listed_at_once() -> None:

@@ -472,7 +472,7 @@ def _node(name: str, sample: Sample) -> tuple[fx.Node, Mapping[str, Tensor]]:
 
     def placeholder(tensor: Tensor) -> fx.Node:
         node = graph.placeholder(f"x{len(given)}")
-        given[node.name] = tensor
+        given[node.name] = node.meta["val"] = tensor
         return node
 
     args, kwargs = pytree.tree_map_only(Tensor, placeholder, (sample.args, sample.kwargs))

@@ -4,6 +4,10 @@ Those that put several values side by side (cat, stack, where) demand equal degr
 among them is a bias leaf where the others have degree 1.
 """
 
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
 from .base import Algebra
 from .registry import register
 
@@ -23,7 +27,7 @@ aten.diag_embed.default
 aten.unbind.int aten.chunk.default aten.split.Tensor aten.split.sizes aten.split_with_sizes.default
 aten.hsplit.int aten.vsplit.int aten.tensor_split.sections aten.tensor_split.indices
 aten.unsafe_chunk.default aten.unsafe_split.Tensor aten.unsafe_split_with_sizes.default
-aten.unfold.default aten.im2col.default aten.as_strided.default
+aten.unfold.default aten.im2col.default
 aten.index.Tensor aten.index_select.default aten.gather.default aten.take_along_dim.default
 aten.take.default aten.masked_select.default aten.flip.default aten.fliplr.default
 aten.flipud.default aten.roll.default aten.rot90.default aten.tril.default aten.triu.default
@@ -39,6 +43,24 @@ aten.resolve_neg.default
 """
 for _name in _SELF.split():
     register(_name, Algebra.STRUCTURAL)
+
+
+def _reaches_out(arguments: Mapping[str, Any]) -> str | None:
+    """A view by strides is of memory: it may hold more than the operand, or that in other order."""
+    value = arguments["self"].meta["val"]
+    sizes, strides = arguments["size"], arguments["stride"]
+    last = sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    start = arguments["storage_offset"] or 0
+    whole = all(isinstance(n, int) for n in (last, start, *value.shape))
+    if whole and not start and last < prod(value.shape) and value.is_contiguous():
+        return None
+    return (
+        "as_strided reads memory by its own strides, not the values of its operand alone; use "
+        "reshape, select or unfold"
+    )
+
+
+register("aten.as_strided.default", Algebra.STRUCTURAL, refuses=_reaches_out)
 
 # dropout in eval mode is the identity; in training mode it is random
 for _name in """

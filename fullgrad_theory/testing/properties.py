@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -442,10 +443,16 @@ def _surrogate(
         return bound.run(dict(leaves))
 
 
+@cache
+def _gauss_legendre(count: int) -> tuple[Any, Any]:
+    points, weights = np.polynomial.legendre.leggauss(count)
+    return points, weights
+
+
 def _averaged(bound: Bound, leaves: dict[int, Tensor], moving: Sequence[int]) -> list[Tensor]:
     """A function whose gradient in the moving operands is the integral of f's from 0 to them:
-    sum w_i f(t_i u) / t_i, with 96 Gauss-Legendre points (held operands keep f's own)."""
-    points, weights = np.polynomial.legendre.leggauss(96)
+    sum w_i f(t_i u) / t_i, with 320 Gauss-Legendre points (held operands keep f's own)."""
+    points, weights = _gauss_legendre(320)
     total: list[Tensor] = []
     for t, w in zip((points + 1) / 2, weights / 2, strict=True):
         here = {

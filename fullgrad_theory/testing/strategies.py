@@ -298,8 +298,8 @@ class _Size(NamedTuple):
 
 _HELD = {"running_mean", "running_var"}
 """arguments in which torch has no derivative"""
-_COUNTING = {"aten.masked_scatter.default"}
-"""whether a shape will do depends on how much of a mask is true"""
+_COUNTING = {"aten.masked_scatter.default", "aten.as_strided.default"}
+"""which shapes will do depends on how much of a mask is true, or on memory"""
 _ACTIVATIONS = (
     "relu gelu silu tanh sigmoid softplus leaky_relu abs exp hardswish sin elu mish cos".split()
 )
