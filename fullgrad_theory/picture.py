@@ -89,8 +89,8 @@ def draw(
     policies = list(next(iter(maps.values())))
     rows, columns = len(maps), 1 + 2 * len(policies)
     height, width = seen.shown.shape[:2]
-    tall = 2.4 * height / width
-    figure = Figure(figsize=(2.4 * columns + 0.4, (tall + 0.55) * rows + 0.5), layout="constrained")
+    tall = 2.0 * height / width
+    figure = Figure(figsize=(2.4 * columns + 0.4, (tall + 0.35) * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -121,7 +121,7 @@ def _pair(figure: Any, axes: Sequence[Any], found: Map, policy: str, seen: Seen)
     axes[0].set_title(policy, fontsize=8)
     grey = seen.shown.mean(-1).numpy()
     axes[1].imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-    opacity = (fine.abs() / limit).clamp(0, 1).sqrt() * 0.85
+    opacity = (fine.abs() / limit).clamp(0, 1) * 0.85
     axes[1].imshow(fine.numpy(), alpha=opacity.numpy(), **scale)
     axes[1].set_title(_completeness(found), fontsize=8)
 

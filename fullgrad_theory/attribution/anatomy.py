@@ -7,7 +7,7 @@ added on it, a residual branch ends (a join); joins of one module make a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
 
@@ -19,8 +19,8 @@ from ..degrees import Liveness, State
 from ..operators import target_name
 from ..trace import ComputationGraph, module_path
 from . import boxes as bx
-from .layout import Layout, layout
-from .locate import CONTRACTIONS, Boxes, batch_repeat, locate
+from .layout import Layout, batch_of, layout
+from .locate import CONTRACTIONS, Boxes, batch_dim, locate
 
 _ADD = {"aten.add.Tensor"}
 _SOFTMAX = {"aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default"}
@@ -87,7 +87,7 @@ def _canvas(tokens: Tensor, layout: Layout, index: Tensor) -> Tensor:
     return tokens.unflatten(1, layout.canvas)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anatomy:
     """Steps, blocks and attention of a traced model, in order; layouts of its values."""
 
@@ -98,10 +98,16 @@ class Anatomy:
     steps: tuple[Step, ...]
     blocks: tuple[Block, ...]
     attention: tuple[Attention, ...]
+    _layouts: dict[tuple[str, int], Layout] = field(default_factory=dict, repr=False)
 
     def layout(self, name: str, index: int = 0) -> Layout:
         """The layout of a node's value (of output `index` where there are several)."""
-        return _layout(self.graph, self.boxes, self.shapes, self.image, name, index)
+        key = name, index
+        if key not in self._layouts:
+            self._layouts[key] = _layout(
+                self.graph, self.boxes, self.shapes, self.image, name, index
+            )
+        return self._layouts[key]
 
     @cached_property
     def stream(self) -> dict[str, Layout]:
@@ -116,8 +122,11 @@ class Anatomy:
 
 
 def anatomy(graph: ComputationGraph, live: Liveness, image: Tensor) -> Anatomy:
-    """Read a model's anatomy; `image` is one image of shape (1, C, H, W)."""
-    walk = locate(graph, live, image)
+    """Read a model's anatomy; `image` is one image of shape (1, C, H, W).
+
+    Two copies are run where the batch is open, to see how samples lie in folded dimensions.
+    """
+    walk = locate(graph, live, torch.cat([image, image]) if graph.dynamic else image)
     size = int(image.shape[-2]), int(image.shape[-1])
     shapes = walk.shapes
     bare = Anatomy(graph, walk.boxes, shapes, size, (), (), ())
@@ -145,7 +154,14 @@ def _layout(
     if isinstance(found, list):
         found = found[index] if index < len(found) else None
     shape = shape if isinstance(shape, torch.Size) else shape[index]
-    return layout(found, shape, image, batch_repeat(graph, name, index))
+    found = bx.empty(len(shape)) if found is None else found
+    at = batch_dim(graph, name, index)
+    batch = None if at is None else batch_of(found, image[0], *at)
+    if batch is not None:
+        shape = torch.Size(s if d != batch.dim else batch.each for d, s in enumerate(shape))
+        if found.shape[batch.dim + 1] > 1:  # of the first sample
+            found = torch.stack([batch.split(plane)[0] for plane in found])
+    return layout(bx.tidy(found), shape, image, batch)
 
 
 def _chain(graph: ComputationGraph, live: Liveness) -> list[fx.Node]:
@@ -230,7 +246,7 @@ def _site(
 ) -> Attention | None:
     """Which tokens queries and keys are; None where the keys are no tokens (channel attention)."""
     out, value = (_rows(found, name) for name in (node.name, values.name))
-    if not value.placed or (out.batch is not None and out.batch[0] != 0):
+    if not value.placed:
         return None
     lead = out.shape[:-2]
     keys = value.index.expand(*value.shape[:-2], value.shape[-2], 1)

@@ -17,12 +17,12 @@ _EMPTY = (math.inf, -math.inf, math.inf, -math.inf)
 
 
 def pixels(shape: Sequence[int]) -> Tensor:
-    """The boxes of an image of shape (batch, channels, H, W): one pixel an element."""
-    height, width = shape[-2:]
-    y = torch.arange(height).view(-1, 1).expand(height, width)
-    x = torch.arange(width).expand(height, width)
-    planes = torch.stack([y, y + 1, x, x + 1]).float()
-    return planes.reshape(4, *[1] * (len(shape) - 2), height, width)
+    """The boxes of images of shape (batch, channels, H, W): one pixel an element, one image below
+    the other, so that a box tells its image as well."""
+    batch, _, height, width = shape
+    y = torch.arange(height).view(1, -1, 1) + height * torch.arange(batch).view(-1, 1, 1)
+    y, x = torch.broadcast_tensors(y, torch.arange(width))
+    return torch.stack([y, y + 1, x, x + 1]).float().unsqueeze(2)
 
 
 def empty(rank: int) -> Tensor:

@@ -13,26 +13,26 @@ from ..degrees import degrees
 from ..errors import InputError, unknown_name
 from ..plan import Plan
 from ..policies import Policy
-from ..trace import Inputs, Model, tensor_value
+from ..trace import ComputationGraph, Inputs, Model, tensor_value
 from . import sampled
 from .anatomy import Anatomy, anatomy
 from .layout import Cell
 from .map import Map
 from .methods import METHODS, Method, Placed
-from .run import Need, Target, choose, gather, targets
+from .run import Need, Target, choose, counted, gather, targets
 
 
 class Explainer:
     """Attribution maps of a model that takes one image tensor (B, C, H, W), made ready once.
 
     `inputs`: an example, left out where the model says what it takes. `policy`: the edits of the
-    backward, None for the gradient as it is; a balanced model brings its own. Nothing of the model
-    changes. `blocks`: paths of the model's blocks; `grid`: rows and columns of its tokens.
+    backward, None for the gradient as it is; a balanced model brings its own. A traced model saves
+    tracing again for every policy. Nothing of the model changes.
     """
 
     def __init__(
         self,
-        model: Model | Balanced,
+        model: Model | Balanced | ComputationGraph,
         inputs: Inputs = None,
         policy: str | Policy | Plan | None = None,
     ) -> None:
@@ -58,7 +58,7 @@ class Explainer:
             raise InputError(
                 f"this model takes batches of {image.shape[0]} only; pass inputs of one image"
             )
-        self.labels = degrees(graph, balanced.plan.edits)
+        self.labels = counted(degrees(graph, balanced.plan.edits))
         self.anatomy: Anatomy = anatomy(graph, self.labels.live, image[:1].detach())
         self._one_by_one = not graph.dynamic or _folded(self.anatomy, self.labels.biases)
 

@@ -15,19 +15,34 @@ Cell = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Dimension `dim` of a value holds the batch, with `each` entries a sample; `major`: a sample's
+    entries follow each other, else they lie a batch size apart."""
+
+    dim: int
+    each: int
+    major: bool
+
+    def split(self, values: Tensor) -> Tensor:
+        """(..., batch and each, ...) -> (batch, ..., each, ...)."""
+        if self.major:
+            return values.unflatten(self.dim, (-1, self.each)).movedim(self.dim, 0)
+        return values.unflatten(self.dim, (self.each, -1)).movedim(self.dim + 1, 0)
+
+
+@dataclass(frozen=True)
 class Layout:
     """`index`: the cell of each element of one sample's value, row by row, or -1 for none; of size
     1 along dimensions that do not matter (channels). `cell`: height and width of a cell in pixels;
-    `canvas`: rows and columns that cover the image; `grid`: those that are in use. `batch`: the
-    dimension that holds the batch, and how many entries a sample has there; None where the value
-    is of one sample."""
+    `canvas`: rows and columns that cover the image; `grid`: those that are in use. `batch`: how
+    samples are told apart, None where the value is of one sample."""
 
     index: Tensor
     shape: torch.Size
     cell: Cell
     canvas: tuple[int, int]
     grid: tuple[int, int]
-    batch: tuple[int, int] | None
+    batch: Batch | None
 
     @property
     def placed(self) -> bool:
@@ -35,11 +50,8 @@ class Layout:
         return bool((self.index >= 0).any())
 
     def split(self, values: Tensor) -> Tensor:
-        """(..., batch * k, ...) -> (batch, *shape of one sample)."""
-        if self.batch is None:
-            return values.unsqueeze(0)
-        dim, each = self.batch
-        return values.unflatten(dim, (-1, each)).movedim(dim, 0)
+        """The values of a batch as (batch, *shape of one sample)."""
+        return values.unsqueeze(0) if self.batch is None else self.batch.split(values)
 
     def place(self, values: Tensor) -> Tensor:
         """The values summed up per cell, shape (batch, *canvas); those without a place left out."""
@@ -68,12 +80,9 @@ def scatter(rows: Tensor, index: Tensor, cells: int) -> Tensor:
     return into.index_add_(1, index.to(rows.device).remainder(cells + 1), rows)[:, :cells]
 
 
-def layout(
-    boxes: Tensor | None, shape: torch.Size, image: tuple[int, int], batch: tuple[int, int] | None
-) -> Layout:
-    """The layout that a value's boxes give it. A box as large as the image is no place."""
+def layout(boxes: Tensor, shape: torch.Size, image: tuple[int, int], batch: Batch | None) -> Layout:
+    """The layout that one sample's boxes give. A box as large as the image is no place."""
     height, width = image
-    boxes = bx.empty(len(shape)) if boxes is None else boxes
     top, bottom, left, right = boxes.unbind(0)
     placed = ~bx.is_empty(boxes) & ((bottom - top) * (right - left) < height * width)
     if not bool(placed.any()):
@@ -87,6 +96,20 @@ def layout(
     grid = int(rows[placed].max()) + 1, int(columns[placed].max()) + 1
     index = torch.where(placed, rows * canvas[1] + columns, -1)
     return Layout(index, shape, (tall, wide), canvas, grid, batch)
+
+
+def batch_of(boxes: Tensor, height: int, dim: int, each: int) -> Batch | None:
+    """How two samples lie along a dimension, by the boxes of both, the second image below the first
+    one; None where they say nothing, and entries are folded, or are mixed up."""
+    if each == 1:
+        return Batch(dim, 1, True)
+    which = ((boxes[0] + boxes[1]) / 2 / height).floor().movedim(dim, -1)
+    known = ~bx.is_empty(boxes).movedim(dim, -1)
+    entries = torch.arange(2 * each)
+    for major, sample in ((True, entries // each), (False, entries % 2)):
+        if bool(known.any()) and bool((which == sample)[known].all()):
+            return Batch(dim, each, major)
+    return None
 
 
 def regrid(values: Tensor, cell: Cell, onto: Cell, grid: tuple[int, int]) -> Tensor:

@@ -47,12 +47,12 @@ _CASTS = {
 _WINDOWS = ("conv2d", "convolution", "max_pool2d", "avg_pool2d", "upsample")
 
 
-def locate(graph: ComputationGraph, live: Liveness, image: Tensor) -> Walk:
-    """Node -> the boxes of its value for one image of shape (1, C, H, W); a list where it is a
-    tuple. Nodes that do not depend on the image are left out."""
+def locate(graph: ComputationGraph, live: Liveness, images: Tensor) -> Walk:
+    """Node -> the boxes of its value, a list where it is a tuple, as `boxes` of the result; nodes
+    that do not depend on the images are left out. `images`: (batch, C, H, W)."""
     walk = Walk(graph, live)
     with torch.no_grad():
-        walk.run(image, enable_io_processing=False)
+        walk.run(images, enable_io_processing=False)
     _backward(graph, walk)
     return walk
 
@@ -319,22 +319,19 @@ def _moved_back(
     ]
 
 
-def batch_repeat(graph: ComputationGraph, name: str, index: int = 0) -> tuple[int, int] | None:
-    """The dimension of a node's value that holds the batch, and how many entries a sample has
+def batch_dim(graph: ComputationGraph, name: str, index: int = 0) -> tuple[int, int] | None:
+    """The dimension of a node's value that grows with the batch, and how many entries a sample has
     there (windows or heads folded into it); None where there is no such dimension, or several."""
     first = tensor_value(graph.placeholders[0])
     value = graph.nodes[name].meta.get("val")
     value = value[index] if isinstance(value, (tuple, list)) else value
-    if first is None or not isinstance(value, Tensor):
-        return None
-    if isinstance(first.shape[0], int):
+    if first is None or not isinstance(value, Tensor) or isinstance(first.shape[0], int):
         return None
     symbol = first.shape[0].node.expr
     found = []
     for dim, size in enumerate(value.shape):
-        expression = None if isinstance(size, int) else size.node.expr
-        if expression is not None and symbol in expression.free_symbols:
-            found.append((dim, int(expression.subs(symbol, 1))))
-            if expression != found[-1][1] * symbol:
-                return None
+        expression = 0 if isinstance(size, int) else size.node.expr
+        each = expression and expression.coeff(symbol)
+        if each:
+            found.append((dim, int(each)) if expression == each * symbol else None)
     return found[0] if len(found) == 1 else None

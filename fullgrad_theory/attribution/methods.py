@@ -17,6 +17,8 @@ from .anatomy import Attention, Block
 from .layout import Cell, Layout, regrid, scatter
 from .run import Need, Record, Weights
 
+_TINY = 1e-30  # against 0 / 0 alone
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -126,7 +128,7 @@ def _gradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
 def _xgradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
     h, g = r.values[block.input], r.gradients[block.input]
     size = h.abs()
-    weights = (g * size).sum(1, keepdim=True) / (size.sum(1, keepdim=True) + 1e-7)
+    weights = (g * size).sum(1, keepdim=True) / size.sum(1, keepdim=True).clamp(min=_TINY)
     return r.on_canvas(block.input, (h * weights).sum(-1))
 
 
@@ -276,7 +278,7 @@ def _norm(tokens: Tensor) -> Tensor:
 def _transformation(before: Tensor, after: Tensor) -> Tensor:
     """|E'| / |E| times the softmax over tokens of cos(E, E'), (B, n)."""
     coherence = F.cosine_similarity(before, after, dim=-1).softmax(-1)
-    return _norm(after) / (_norm(before) + 1e-8) * coherence
+    return _norm(after) / _norm(before).clamp(min=_TINY) * coherence
 
 
 def tokentm(r: Record) -> Placed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from ..bias import named
 from ..degrees import Degrees
 from ..errors import InputError
 from ..fullgrad import Run, finite_products, original_args
+from ..operators import Algebra
+from ..operators.base import bias_operands
 from .anatomy import Anatomy, Attention
 from .layout import Cell
 
@@ -117,6 +119,20 @@ def gather(
         run.biases,
         run.bias_total,
     )
+
+
+def counted(labels: Degrees) -> Degrees:
+    """The labels with the biases of norms that a policy leaves as they are.
+
+    Completeness does not know them as leaves: the norm breaks it before. FullGrad counts every
+    bias by its gradient, whether or not the sum is the output.
+    """
+    norms = {
+        name: ("bias",)
+        for name, call in labels.live.calls.items()
+        if call.operator.algebra is Algebra.NORMALISER and bias_operands(call) == ("bias",)
+    }
+    return replace(labels, biases=norms | dict(labels.biases))
 
 
 def targets(output: Tensor, target: Target) -> Tensor | None:
@@ -230,7 +246,8 @@ class _Gathering(Run):
 def _by_window(site: Attention, weights: Tensor) -> Tensor:
     """(..., q, k), heads and windows folded in any way -> (batch, windows, heads, q, k)."""
     slots, windows = site.slots.numel(), site.keys.shape[0]
-    flat = weights.reshape(-1, slots, *weights.shape[-2:])
+    split = site.query_layout.split(weights)
+    flat = split.reshape(-1, slots, *weights.shape[-2:])
     return flat[:, site.slots.to(flat.device)].unflatten(1, (windows, slots // windows))
 
 
