@@ -240,20 +240,29 @@ def _window(
 
 
 def _backward(graph: ComputationGraph, walk: Walk) -> None:
+    refined: set[str] = set()  # what users have told of a node beyond its own operands
     for n in reversed(graph.fx.graph.nodes):
         found = walk.boxes.get(n.name)
         if n.name not in walk.calls or found is None:
+            continue
+        if (
+            n.name not in refined
+            and len([a for a in n.all_input_nodes if a.name in walk.boxes]) < 2
+        ):
             continue
         if n.target is operator.getitem and isinstance(n.args[0], fx.Node):
             items = walk.boxes.get(n.args[0].name)
             if isinstance(items, list) and isinstance(found, Tensor):
                 items[n.args[1]] = bx.meet(items[n.args[1]], found)  # type: ignore[index]
+                refined.add(n.args[0].name)
                 continue
         for operand, boxes in _pulled(walk, n, found):
             known = walk.of(operand)
             own = bx.empty(boxes.dim() - 1) if known is None else known
-            if not isinstance(walk.boxes.get(operand.name), list):
-                walk.boxes[operand.name] = bx.meet(own, boxes)
+            met = bx.meet(own, boxes)
+            if not isinstance(walk.boxes.get(operand.name), list) and not torch.equal(met, own):
+                walk.boxes[operand.name] = met
+                refined.add(operand.name)
 
 
 def _pulled(walk: Walk, n: fx.Node, found: Tensor | list[Tensor]) -> list[tuple[fx.Node, Tensor]]:
