@@ -110,9 +110,9 @@ def evaluate(
     """
     names = tuple([metrics] if isinstance(metrics, str) else metrics)
     methods = tuple([methods] if isinstance(methods, str) else methods)
-    policies = [policies] if isinstance(policies, str) else policies
+    policies = (policies,) if isinstance(policies, str) else policies
     named = policies if isinstance(policies, Mapping) else {name: name for name in policies}
-    _check(samples, methods, named, names, target, batch_size, forward_batch)
+    _check(samples, methods, tuple(policies), names, target, batch_size, forward_batch)
     module = as_module(model)
     device, dtype = home(module)
     example = samples[0].image[None].to(device, dtype)
@@ -131,12 +131,6 @@ def evaluate(
         "batch_size": batch_size,
     }
     settings = json.loads(json.dumps(settings))
-    make = explainer or _explainer()
-    explains = {name: make(module, example, policy) for name, policy in named.items()}
-    by_label = target == "label"
-    task = _Task(
-        samples, methods, names, tuple(fractions), by_label, deletion, explains, forward_batch
-    )
     with processes() as here:
         kept = _Kept(Path(folder), settings, here.rank) if folder is not None else None
         done = _together(here, kept.read if kept and here.rank == 0 else dict)[0]
@@ -144,10 +138,21 @@ def evaluate(
         mine = starts[here.rank :: here.count]
 
         def work() -> dict[int, list[Row]]:
+            make = explainer or _explainer()
+            task = _Task(
+                samples,
+                methods,
+                names,
+                tuple(fractions),
+                target == "label",
+                deletion,
+                {name: make(module, example, policy) for name, policy in named.items()},
+                forward_batch,
+            )
             with _shown(here) as tick:
                 return dict(_batches(task, mine, batch_size, kept, tick))
 
-        for rows in _together(here, work):
+        for rows in _together(here, work if mine else dict):
             done |= rows
     return Results.of((row for start in sorted(done) for row in done[start]), settings)
 
@@ -256,7 +261,6 @@ class _Kept:
 
     def read(self) -> dict[int, list[Row]]:
         """What is there already; an error where it was made in another way."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "settings.json"
         if file.exists():
             held = json.loads(file.read_text())
@@ -266,22 +270,18 @@ class _Kept:
                     f"{self.folder} holds results of another evaluation; it differs in "
                     f"{', '.join(differing)}: choose another folder, or remove this one"
                 )
-        else:
-            _write(file, json.dumps(self.settings, indent=1))
         batches = sorted(self.folder.glob("batch-*.json"))
         return {int(b.stem.split("-")[1]): list(Results.load(b)) for b in batches}
 
     def write(self, start: int, rows: Sequence[Row]) -> None:
-        file = self.folder / f"batch-{start:08d}.json"
-        partial = file.with_name(f"partial-{self.rank}.json")
+        """A file is there whole or not at all: it is written beside, and then named."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"partial-{self.rank}.json"
+        if not (self.folder / "settings.json").exists():
+            partial.write_text(json.dumps(self.settings, indent=1))
+            os.replace(partial, self.folder / "settings.json")
         Results.of(rows).save(partial)
-        os.replace(partial, file)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
+        os.replace(partial, self.folder / f"batch-{start:08d}.json")
 
 
 def _explainer() -> MakeExplain:
@@ -293,7 +293,7 @@ def _explainer() -> MakeExplain:
 def _check(
     samples: Samples,
     methods: Sequence[str],
-    policies: Mapping[str, AnyPolicy],
+    policies: Sequence[str],
     metrics: Sequence[str],
     target: str,
     *sizes: int,
@@ -302,7 +302,7 @@ def _check(
         raise InputError("there are no samples to evaluate on")
     for what, given in (("methods", methods), ("policies", policies), ("metrics", metrics)):
         if len(given) == 0 or len(set(given)) < len(given):
-            raise InputError(f"{what} must be some names, each once, got {tuple(given)}")
+            raise InputError(f"{what} must be some names, each once, got {given}")
     for name in metrics:
         metric(name)
     if target not in ("prediction", "label"):
