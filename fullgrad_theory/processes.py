@@ -6,9 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch.distributed as dist
+
+_CALLS = count()
+_PATIENCE = timedelta(days=30)  # others may have longer batches
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,15 @@ def processes() -> Iterator[Processes]:
         return
     own = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if own:
-        dist.init_process_group("gloo")
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+        # a group's addresses stay in the store: a second group under one prefix would read them
+        store = dist.PrefixStore(f"fullgrad_theory/{next(_CALLS)}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     if not dist.is_initialized():
         yield Processes()
         return
-    group = dist.group.WORLD if own else dist.new_group(backend="gloo")
+    group = None if own else dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)
     finally:
-        dist.destroy_process_group(None if own else group)
+        dist.destroy_process_group(group)

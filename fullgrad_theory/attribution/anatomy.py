@@ -126,7 +126,9 @@ def anatomy(graph: ComputationGraph, live: Liveness, image: Tensor) -> Anatomy:
     steps, owners = _steps(placed, live)
     blocks = tuple(
         Block(path, tuple(step for _, step in group))
-        for path, group in groupby(zip(owners, steps, strict=True), key=lambda pair: pair[0])
+        for path, group in groupby(
+            zip(owners, steps, strict=True), key=lambda pair: pair[0]
+        )
     )
     found = Anatomy(graph, walk.boxes, shapes, size, tuple(steps), blocks, ())
     sites = tuple(_attention(found, live))
@@ -173,11 +175,11 @@ def _steps(chain: list[fx.Node], live: Liveness) -> tuple[list[Step], list[str]]
     pairs = list(zip(chain, chain[1:], strict=False))
 
     def operands(node: fx.Node) -> int:
-        return len(
-            set(a.name for a in node.all_input_nodes if a.name in live.states and _is_live(live, a))
-        )
+        return len(set(a.name for a in node.all_input_nodes if a.name in live.states and _is_live(live, a)))
 
-    joins = [(a, b) for a, b in pairs if target_name(b.target) in _ADD and operands(b) > 1]
+    joins = [
+        (a, b) for a, b in pairs if target_name(b.target) in _ADD and operands(b) > 1
+    ]
     owners = [module_path(b) or b.name for _, b in joins]
     if not joins:  # no residual branches: every layer with weights is a block
         joins = [(a, b) for a, b in pairs if "weight" in _weights(b) and a.op != "placeholder"]

@@ -119,9 +119,8 @@ class Explainer:
         chosen = self._methods(methods)
         if not isinstance(x, Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(
-                f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {got}"
-            )
+            raise InputError(f"expected images of shape (B, {', '.join(map(str, self.shape))}), "
+                             f"got {got}")
         if x.shape[0] == 0:
             raise InputError("a batch without images has nothing to attribute")
         if not self._one_by_one or x.shape[0] == 1:

@@ -213,9 +213,7 @@ class _Gathering(Run):
             known = self.biases.get(layout.cell)
             self.biases[layout.cell] = placed if known is None else known + placed
 
-    def weights(
-        self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None
-    ) -> Weights:
+    def weights(self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None) -> Weights:
         """An attention's map, recomputed where it is fused, and its gradient g v^T."""
         given = self.operands[site.node] if operands is None else operands
         if site.fused:
