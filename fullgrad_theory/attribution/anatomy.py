@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import networkx as nx
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..degrees import Liveness, State
 from ..operators import target_name
-from ..trace import ComputationGraph, module_path, tensor_value
+from ..trace import ComputationGraph, module_path
 from . import boxes as bx
 from .layout import Layout, layout
 from .locate import CONTRACTIONS, Boxes, batch_repeat, locate
@@ -126,9 +126,7 @@ def anatomy(graph: ComputationGraph, live: Liveness, image: Tensor) -> Anatomy:
     steps, owners = _steps(placed, live)
     blocks = tuple(
         Block(path, tuple(step for _, step in group))
-        for path, group in groupby(
-            zip(owners, steps, strict=True), key=lambda pair: pair[0]
-        )
+        for path, group in groupby(zip(owners, steps, strict=True), key=lambda pair: pair[0])
     )
     found = Anatomy(graph, walk.boxes, shapes, size, tuple(steps), blocks, ())
     sites = tuple(_attention(found, live))
@@ -172,24 +170,21 @@ def _is_live(live: Liveness, node: fx.Node) -> bool:
 
 def _steps(chain: list[fx.Node], live: Liveness) -> tuple[list[Step], list[str]]:
     """Joins with the node each branch started from, and the module each is in."""
-    pairs = list(zip(chain, chain[1:], strict=False))
+    pairs = list(pairwise(chain))
 
     def operands(node: fx.Node) -> int:
-        return len(set(a.name for a in node.all_input_nodes if a.name in live.states and _is_live(live, a)))
+        return sum(_is_live(live, a) for a in node.all_input_nodes)
 
-    joins = [
-        (a, b) for a, b in pairs if target_name(b.target) in _ADD and operands(b) > 1
-    ]
+    joins = [(a, b) for a, b in pairs if target_name(b.target) in _ADD and operands(b) > 1]
     owners = [module_path(b) or b.name for _, b in joins]
     if not joins:  # no residual branches: every layer with weights is a block
-        joins = [(a, b) for a, b in pairs if "weight" in _weights(b) and a.op != "placeholder"]
+        joins = [(a, b) for a, b in pairs if _has_weights(b) and a.op != "placeholder"]
         owners = [module_path(b) or b.name for _, b in joins]
     return [Step(a.name, b.name) for a, b in joins], owners
 
 
-def _weights(node: fx.Node) -> set[str]:
-    convolution = "conv" in target_name(node.target) or "linear" in target_name(node.target)
-    return {"weight"} if convolution else set()
+def _has_weights(node: fx.Node) -> bool:
+    return any(word in target_name(node.target) for word in ("conv", "linear"))
 
 
 # --------------------------------------------------------------------------- attention
@@ -268,4 +263,4 @@ def _rows(found: Anatomy, name: str) -> Layout:
     """The layout of a value (..., n, channels) whose channels are one."""
     boxes = found.boxes.get(name)
     boxes = bx.union(boxes, (-1,)) if isinstance(boxes, Tensor) else None
-    return _layout(found.graph, found.boxes | {name: boxes}, found.shapes, found.image, name, 0)
+    return _layout(found.graph, {name: boxes}, found.shapes, found.image, name, 0)

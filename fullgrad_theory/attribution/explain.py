@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from .anatomy import Anatomy, anatomy
 from .layout import Cell
 from .map import Map
 from .methods import METHODS, Method, Placed
-from .run import Need, Record, Target, choose, gather, targets
+from .run import Need, Target, choose, gather, targets
 
 
 class Explainer:
@@ -119,8 +118,9 @@ class Explainer:
         chosen = self._methods(methods)
         if not isinstance(x, Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise InputError(f"expected images of shape (B, {', '.join(map(str, self.shape))}), "
-                             f"got {got}")
+            raise InputError(
+                f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {got}"
+            )
         if x.shape[0] == 0:
             raise InputError("a batch without images has nothing to attribute")
         if not self._one_by_one or x.shape[0] == 1:
@@ -144,7 +144,7 @@ class Explainer:
             output, index = record.output, record.target
         else:
             with torch.no_grad():
-                values = self._output(x)
+                values = self.scores(x)
                 index = targets(values, target)
                 output = choose(values, index)
         maps = {}
@@ -156,7 +156,8 @@ class Explainer:
             maps[name] = self._map(name, found, output, index)
         return maps
 
-    def _output(self, x: Tensor) -> Tensor:
+    def scores(self, x: Tensor) -> Tensor:
+        """The model's output, (B, classes): the first tensor of it, where it is several."""
         flat = pytree.tree_leaves(self.model.fx(x))
         return next(t for t in flat if isinstance(t, Tensor))
 
@@ -171,7 +172,7 @@ class Explainer:
             one = x[i : i + 1]
 
             def score(images: Tensor, own: Tensor | None = own) -> Tensor:
-                output = self._output(images)
+                output = self.scores(images)
                 return choose(output, own if own is None else own.expand(output.shape[0]))
 
             if name == "smoothgrad":
@@ -195,7 +196,7 @@ class Explainer:
         return Map(name, values, output, index, total, (self.shape[1], self.shape[2]), found.cell)
 
 
-def _folded(found: Anatomy, biases: Sequence[str] | dict[str, object]) -> bool:
+def _folded(found: Anatomy, biases: Iterable[str]) -> bool:
     """Whether a value's batch cannot be told apart, so that samples must be run one by one."""
     names = {*biases, *found.stream, *(s.node for s in found.attention)}
     return any(found.layout(name).batch is None for name in names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -123,4 +122,4 @@ def _resize(values: Tensor, dim: int, have: float, want: float, size: int) -> Te
 
 def pad(values: Tensor, dim: int, by: int) -> Tensor:
     """Zeros behind the last entry, or entries taken off where `by` is negative."""
-    return cast(Tensor, F.pad(values, [0, 0] * (values.dim() - 1 - dim) + [0, by]))
+    return F.pad(values, [0, 0] * (values.dim() - 1 - dim) + [0, by])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,30 +34,22 @@ class Map:
 
     def pixels(self, size: tuple[int, int] | None = None) -> Tensor:
         """(B, H, W): bicubic up to `size`, by default the image's. Values are interpolated, not
-        shared out: they keep their height, not their sum."""
+        shared out: they keep their height, not their sum. Pixels that no token covers are 0."""
         size = size or self.image
         if tuple(self.values.shape[1:]) == tuple(size):
             return self.values
-        up = F.interpolate(self.values[:, None], size=size, mode="bicubic", align_corners=False)
-        return up[:, 0]
+        covered = [
+            round(wanted * min(1.0, count * each / whole))
+            for wanted, count, each, whole in zip(
+                size, self.values.shape[1:], self.cell, self.image, strict=True
+            )
+        ]
+        up = F.interpolate(self.values[:, None], size=covered, mode="bicubic", align_corners=False)
+        return F.pad(up[:, 0], (0, size[1] - covered[1], 0, size[0] - covered[0]))
 
     def tokens(self, grid: tuple[int, int]) -> Tensor:
-        """(B, h, w): summed down, or spread evenly, onto a grid of h x w; the sum is kept."""
-        rows, columns = grid
-        have = 1.0 / self.values.shape[1], 1.0 / self.values.shape[2]
-        if have == (1.0 / rows, 1.0 / columns):
-            return self.values
-        scale = rows * self.values.shape[1], columns * self.values.shape[2]
-        onto = float(scale[0] // rows), float(scale[1] // columns)
-        cell = float(scale[0] // self.values.shape[1]), float(scale[1] // self.values.shape[2])
-        return regrid(self.values, cell, onto, grid)
-
-    def to(self, *args: object) -> Map:
-        """The map with its tensors moved or cast, as `Tensor.to`."""
-        moved = {
-            name: value.to(*args) if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
-        }
-        if isinstance(moved["target"], Tensor):
-            moved["target"] = moved["target"].to(torch.long)
-        return Map(**moved)
+        """(B, h, w): summed down, or spread evenly, onto a grid of h x w cells over the same part
+        of the image; the sum is kept."""
+        have = self.values.shape[1:]
+        onto = float(have[0]), float(have[1])
+        return regrid(self.values, (float(grid[0]), float(grid[1])), onto, grid)

@@ -32,22 +32,24 @@ class Method:
     """`function` of a `Record`; None where it samples (`sampled.py`). `needs`: what it reads."""
 
     name: str
-    needs: frozenset[Need]
-    function: Callable[[Record], Placed] | None
-    definition: str
     source: str
+    function: Callable[[Record], Placed] | None
+    needs: frozenset[Need]
 
 
-def _sum(parts: Iterable[tuple[Cell, Tensor]]) -> Placed:
-    """Canvases of several cell sizes as one, on the smallest cells; sums are kept."""
+def _sum(r: Record, parts: Iterable[tuple[Cell, Tensor]]) -> Placed:
+    """Canvases of several cell sizes as one, on the first block's grid; sums are kept.
+
+    Without blocks of such cells (an earlier stage's, LeGrad's last one), on the smallest cells.
+    """
     parts = list(parts)
-    cell = min((c for c, _ in parts), key=lambda c: c[0] * c[1])
-    grid = next((int(v.shape[1]), int(v.shape[2])) for c, v in parts if c == cell)
-    return Placed(sum_all(regrid(v, c, cell, grid) for c, v in parts), cell)
+    cell, grid = _first_grid(r)
+    if cell not in {c for c, _ in parts}:
+        cell, grid = min(((c, (v.shape[1], v.shape[2])) for c, v in parts), key=lambda p: p[0])
+    return Placed(_total_of(regrid(v, c, cell, grid) for c, v in parts), cell)
 
 
-def sum_all(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of one tensor or more, of one shape."""
+def _total_of(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(0)
 
 
@@ -71,14 +73,14 @@ def input_x_gradient(r: Record) -> Placed:
 def fullgrad(r: Record) -> Placed:
     """x dL/dx and b dL/db of every bias, each where it lies."""
     image = _input(r)
-    cell, grid = _finest(r)
+    cell, grid = _first_grid(r)
     own = regrid(image.sum(1), (1.0, 1.0), cell, grid)
     parts = [own, *(regrid(v, c, cell, grid) for c, v in r.biases.items())]
     total = _total(image)
-    return Placed(sum_all(parts), cell, total if r.bias_total is None else total + r.bias_total)
+    return Placed(_total_of(parts), cell, total if r.bias_total is None else total + r.bias_total)
 
 
-def _finest(r: Record) -> tuple[Cell, tuple[int, int]]:
+def _first_grid(r: Record) -> tuple[Cell, tuple[int, int]]:
     """The grid of the first block's input; pixels where there is no block."""
     if not r.anatomy.blocks:
         return (1.0, 1.0), r.anatomy.image
@@ -113,7 +115,7 @@ def _at(r: Record, block: Block) -> Placed:
 def fullgrad_plus(r: Record) -> Placed:
     """Input x gradient summed over the inputs of all blocks, and all bias maps."""
     blocks = [r.on_canvas(b.input, _products(r, b.input)) for b in r.anatomy.blocks]
-    return _sum([*blocks, *r.biases.items()])
+    return _sum(r, [*blocks, *r.biases.items()])
 
 
 def _gradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
@@ -130,12 +132,12 @@ def _xgradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
 
 def gradcam_plus(r: Record) -> Placed:
     """sum over blocks and channels of h mean_tokens(dL/dh)."""
-    return _sum(_gradcam(r, b) for b in r.anatomy.blocks)
+    return _sum(r, (_gradcam(r, b) for b in r.anatomy.blocks))
 
 
 def xgradcam_plus(r: Record) -> Placed:
     """sum over blocks and channels of h sum_tokens(|h| dL/dh) / sum_tokens |h|."""
-    return _sum(_xgradcam(r, b) for b in r.anatomy.blocks)
+    return _sum(r, (_xgradcam(r, b) for b in r.anatomy.blocks))
 
 
 # --------------------------------------------------------------------------- attention
@@ -159,12 +161,12 @@ def attcat(r: Record) -> Placed:
         own, product = r.on_canvas(block.output, _products(r, block.output))
         grid = int(product.shape[1]), int(product.shape[2])
         parts.append((own, regrid(weight, cell, own, grid) * product))
-    return _sum(parts)
+    return _sum(r, parts)
 
 
 def legrad(r: Record) -> Placed:
     """sum over layers of mean_{heads, queries} max(dL_l/dA_l, 0), L_l the head on layer l."""
-    return _sum(_from_keys(w.site, w.gradient.relu().mean(2).mean(2)) for w in r.layers)
+    return _sum(r, (_from_keys(w.site, w.gradient.relu().mean(2).mean(2)) for w in r.layers))
 
 
 def _readout(r: Record) -> Tensor:
@@ -303,25 +305,27 @@ def _transformed(change: Tensor, w: Weights) -> Tensor:
 
 # --------------------------------------------------------------------------- the table
 
-_ROWS: tuple[tuple[str, set[Need], Callable[[Record], Placed] | None, str, str], ...] = (
-    ("input-x-gradient", {Need.IMAGE}, input_x_gradient, "x dL/dx at the pixels", "Shrikumar et al. 2016"),
-    ("embedding-x-gradient", {Need.BLOCKS}, embedding_x_gradient, "h dL/dh at the first block's input", "Mehri et al. 2025"),
-    ("fullgrad", {Need.IMAGE, Need.BIASES}, fullgrad, "x dL/dx and all bias maps", "Srinivas & Fleuret 2019"),
-    ("fullgrad+", {Need.BLOCKS, Need.BIASES}, fullgrad_plus, "sum over blocks of h dL/dh, and all bias maps", "Mehri et al. 2025"),
-    ("gradcam+", {Need.BLOCKS}, gradcam_plus, "sum over blocks of h mean(dL/dh)", "Selvaraju et al. 2017; Mehri et al. 2025"),
-    ("hirescam", {Need.BLOCKS}, hirescam, "h dL/dh at the last block's input", "Draelos & Carin 2020"),
-    ("xgradcam+", {Need.BLOCKS}, xgradcam_plus, "sum over blocks of h sum(|h| dL/dh) / sum |h|", "Fu et al. 2020; Mehri et al. 2025"),
-    ("attcat", {Need.BLOCKS, Need.ATTENTION}, attcat, "sum over blocks of mean(A) h dL/dh", "Qiang et al. 2022"),
-    ("genatt", {Need.ATTENTION_GRADIENT}, genatt, "product of I + mean max(A dL/dA, 0)", "Chefer et al. 2021"),
-    ("tokentm", {Need.BLOCKS, Need.ATTENTION_GRADIENT}, tokentm, "product of I + W A max(dL/dA, 0) and I + W", "Wu et al. 2024"),
-    ("legrad", {Need.LAYERS}, legrad, "sum over layers of mean max(dL_l/dA, 0)", "Bousselham et al. 2024"),
-    ("raw-attention", {Need.ATTENTION}, raw_attention, "the last A", "-"),
-    ("rollout", {Need.ATTENTION}, rollout, "product of (I + mean A) / 2", "Abnar & Zuidema 2020"),
-    ("random", set(), None, "standard normal, seeded", "-"),
-    ("integrated-gradients", set(), None, "x times the mean dL/dx from 0 to x, 50 steps", "Sundararajan et al. 2017"),
-    ("smoothgrad", set(), None, "the mean dL/dx over 25 noisy images", "Smilkov et al. 2017"),
+_IMAGE, _BLOCKS, _BIASES = Need.IMAGE, Need.BLOCKS, Need.BIASES
+_ATTENTION, _GRADIENT, _LAYERS = Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS
+_ROWS: tuple[tuple[str, str, Callable[[Record], Placed] | None, set[Need]], ...] = (
+    ("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, {_IMAGE}),
+    ("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, {_BLOCKS}),
+    ("fullgrad", "Srinivas & Fleuret, NeurIPS 2019", fullgrad, {_IMAGE, _BIASES}),
+    ("fullgrad+", "LibraGrad, CVPR 2025", fullgrad_plus, {_BLOCKS, _BIASES}),
+    ("gradcam+", "Selvaraju et al. 2017; LibraGrad", gradcam_plus, {_BLOCKS}),
+    ("hirescam", "Draelos & Carin 2020", hirescam, {_BLOCKS}),
+    ("xgradcam+", "Fu et al. 2020; LibraGrad", xgradcam_plus, {_BLOCKS}),
+    ("attcat", "Qiang et al., NeurIPS 2022", attcat, {_BLOCKS, _ATTENTION}),
+    ("genatt", "Chefer et al., ICCV 2021", genatt, {_GRADIENT}),
+    ("tokentm", "Wu et al., CVPR 2024", tokentm, {_BLOCKS, _GRADIENT}),
+    ("legrad", "Bousselham et al. 2024", legrad, {_LAYERS}),
+    ("raw-attention", "", raw_attention, {_ATTENTION}),
+    ("rollout", "Abnar & Zuidema 2020", rollout, {_ATTENTION}),
+    ("random", "", None, set()),
+    ("integrated-gradients", "Sundararajan et al. 2017", None, set()),
+    ("smoothgrad", "Smilkov et al. 2017", None, set()),
 )
 METHODS: Mapping[str, Method] = {
-    name: Method(name, frozenset(needs), function, definition, source)
-    for name, needs, function, definition, source in _ROWS
+    name: Method(name, source, function, frozenset(needs))
+    for name, source, function, needs in _ROWS
 }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -88,6 +87,7 @@ def gather(
     sites = anatomy.attention if wants_attention else ()
     stream = anatomy.stream if {Need.BLOCKS, *wants_attention} & set(needs) else {}
     run = _Gathering(balanced, labels, anatomy, {*stream}, sites, Need.BIASES in needs)
+    run.garbage_collect_values = Need.LAYERS not in needs  # the head is run again
     with torch.enable_grad():
         flat = pytree.tree_leaves(run.run(image, enable_io_processing=False))
         output = next(t for t in flat if isinstance(t, Tensor))
@@ -164,7 +164,6 @@ class _Gathering(Run):
     ) -> None:
         graph = anatomy.graph
         super().__init__(balanced.fx, graph, labels, self._on_bias)
-        self.garbage_collect_values = False  # the head is run again for `_layers`
         self.anatomy, self.with_biases = anatomy, biases
         self.stream, self.sites = stream, {s.node: s for s in sites}
         self.kept: dict[str, Tensor] = {}
@@ -213,7 +212,9 @@ class _Gathering(Run):
             known = self.biases.get(layout.cell)
             self.biases[layout.cell] = placed if known is None else known + placed
 
-    def weights(self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None) -> Weights:
+    def weights(
+        self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None
+    ) -> Weights:
         """An attention's map, recomputed where it is fused, and its gradient g v^T."""
         given = self.operands[site.node] if operands is None else operands
         if site.fused:
@@ -258,7 +259,7 @@ def _layers(run: _Gathering, sites: Sequence[Attention], index: Tensor | None) -
     differentiated from the head down to that attention only: together, about one backward.
     """
     anatomy = run.anatomy
-    nodes = list(run.module.graph.nodes)
+    nodes = list(run.graph.nodes)
     places = {n.name: i for i, n in enumerate(nodes)}
     last = nodes[places[anatomy.tail]]
     pooling = [s for s in sites if s.step is None and places[s.node] > places[last.name]]
