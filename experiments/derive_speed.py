@@ -115,15 +115,15 @@ def ladder(steps: int) -> Callable[[Tensor], Tensor]:
 
 CASES: dict[str, Callable[[], tuple[Callable[..., Tensor], Tensor]]] = {
     "transformer block": lambda: (Block().eval(), torch.randn(2, 5, 8, generator=GENERATOR)),
-    "12 transformer blocks": lambda: (
-        nn.Sequential(*(Block() for _ in range(12))).eval(),
+    "24 transformer blocks": lambda: (
+        nn.Sequential(*(Block() for _ in range(24))).eval(),
         torch.randn(2, 5, 8, generator=GENERATOR),
     ),
-    "GRU, 22 steps": lambda: (gru(22), X),
-    "LSTM, 16 steps": lambda: (lstm(16), X),
-    "dense connections, 45 layers": lambda: (dense(45), X),
-    "product tree, 64 leaves": lambda: (tree(64), X),
-    "ladder of products, 50 steps": lambda: (ladder(50), X),
+    "GRU, 26 steps": lambda: (gru(26), X),
+    "LSTM, 20 steps": lambda: (lstm(20), X),
+    "dense connections, 60 layers": lambda: (dense(60), X),
+    "product tree, 128 leaves": lambda: (tree(128), X),
+    "ladder of products, 60 steps": lambda: (ladder(60), X),
 }
 
 

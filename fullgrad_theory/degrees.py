@@ -136,7 +136,6 @@ def _walk(graph: ComputationGraph) -> tuple[Liveness, dict[str, Call]]:
                 else:
                     call = _call(found, node, states)
                     refused = found.refuses(call.arguments) if found.refuses else None
-                    refused = refused or _mixes(call, states)
                     if refused:
                         raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
                     if call.moving:  # else the input lends a shape
@@ -148,23 +147,6 @@ def _walk(graph: ComputationGraph) -> tuple[Liveness, dict[str, Call]]:
 
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-_SPREADING = {
-    "aten.meshgrid.default",
-    "aten.meshgrid.indexing",
-    "aten.broadcast_tensors.default",
-}
-
-
-def _mixes(call: Call, states: Mapping[str, tuple[State, ...]]) -> str | None:
-    """One label is all that the outputs of such an operation have: their operands must be alike."""
-    if call.operator.name not in _SPREADING:
-        return None
-    read = {_most(states[o.node.name]) for o in call.operands if o.node is not None}
-    return (
-        "it mixes live values and others; expand each tensor by itself" if len(read) > 1 else None
-    )
 
 
 def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:

@@ -151,17 +151,25 @@ _RECURRENT = {
 """Composites that torch itself computes step by step, and whether the steps are traced before
 dispatch (the cells do not open there). Those of LSTM and GRU write in place, in
 strides of their own, and a functional copy of them has other bits: they stay whole."""
+SPREADS = (
+    aten.meshgrid.default,
+    aten.meshgrid.indexing,
+    aten.broadcast_tensors.default,
+)
+"""Composites that return a view of each of their operands, which have nothing to do with each
+other: each view is a call of its own."""
 
 
 def unroll(module: fx.GraphModule) -> None:
-    """Replace recurrent cells and plain recurrent layers by the calls that torch makes for them.
+    """Replace recurrent cells and layers, and `SPREADS`, by the calls that torch makes for them.
 
-    On the CPU alone: other devices have kernels of their own, with other bits.
+    Recurrent ones on the CPU alone: other devices have kernels of their own, with other bits.
     """
     mode = fake_mode(module.graph)
     for node in list(module.graph.nodes):
         devices = {v.device.type for v in _tensors(node.meta.get("val"))}
-        if node.target in _RECURRENT and devices <= {"cpu", "meta"} and mode is not None:
+        steps_here = node.target in _RECURRENT and devices <= {"cpu", "meta"}
+        if (steps_here or node.target in SPREADS) and mode is not None:
             given = {n: n.meta["val"] for n in node.all_input_nodes}
             given = {
                 n: v if hasattr(v, "fake_mode") else mode.from_tensor(v) for n, v in given.items()
@@ -175,7 +183,9 @@ def unroll(module: fx.GraphModule) -> None:
                 return target.decompose(*args, **kwargs)
 
             with mode:
-                steps = make_fx(compute, pre_dispatch=_RECURRENT[node.target])(*given.values())
+                steps = make_fx(compute, pre_dispatch=_RECURRENT.get(node.target, False))(
+                    *given.values()
+                )
             _splice(module, node, steps, nodes)
 
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import fullgrad_theory as fgt
 from fullgrad_theory import cli
 from fullgrad_theory.errors import InputError
-from fullgrad_theory.operators import registered
+from fullgrad_theory.functionalise import SPREADS
+from fullgrad_theory.operators import registered, target_name
 from fullgrad_theory.rules import Edit, Prune, Scale
 from fullgrad_theory.testing import campaign as campaigns
 from fullgrad_theory.testing import properties
@@ -77,7 +78,7 @@ def test_what_failed_once_holds_now(path: Path) -> None:
 
 
 def test_every_registered_operation_is_drawn_or_listed() -> None:
-    names = {o.name for o in registered()}
+    names = {o.name for o in registered()} | {*map(target_name, SPREADS)}
     assert NOT_DRAWN.keys() <= names, "a reason for an operation that is not registered"
     assert set(drawable()) | NOT_DRAWN.keys() == names
     missing = [name for name in drawable() if calling(name) is None]
@@ -143,7 +144,8 @@ def _lost(edits: tuple[Edit, ...], place: int) -> tuple[Edit, ...]:
 def _scaled(by: Fraction) -> Callable[[tuple[Edit, ...], int], tuple[Edit, ...]]:
     def change(edits: tuple[Edit, ...], place: int) -> tuple[Edit, ...]:
         edit = edits[place]
-        return (*edits, Scale(edit.node, by)) if not isinstance(edit, Prune) else edits
+        taken = {e.node for e in edits if isinstance(e, (Prune, Scale))}
+        return (*edits, Scale(edit.node, by)) if edit.node not in taken else edits
 
     return change
 

@@ -431,11 +431,20 @@ def test_literal_zero_is_no_bias() -> None:
     assert relation.domain == (0, 1)
 
 
-def test_norm_without_eps_holds_its_live_weight_at_zero() -> None:
+def test_norm_without_eps_has_the_degree_of_its_live_weight() -> None:
     x, w = torch.ones(2, 3), torch.ones(3)
-    sample = Sample((x, [3], w, None, 0.0), {}, ("input", "weight"))
+    both = ("input", "weight")
+    (relation,) = degree_of("aten.layer_norm.default", Sample((x, [3], w, None, 0.0), {}, both))
+    assert relation.terms == ((("weight", 1),),) and not relation.zero
+    (relation,) = degree_of("aten.layer_norm.default", Sample((x, [3], w, w, 0.0), {}, both))
+    assert relation.domain == (0, 1)
+
+
+def test_norm_without_eps_is_no_constant_beside_a_live_bias() -> None:
+    x, w = torch.ones(2, 3), torch.ones(3)
+    sample = Sample((x, [3], w, w, 0.0), {}, ("input", "bias"))
     (relation,) = degree_of("aten.layer_norm.default", sample)
-    assert relation.zero == ("weight",)
+    assert relation.terms == ((), (("bias", 1),)) and relation.domain is None
 
 
 def test_native_layer_norm_has_three_outputs_in_every_mode() -> None:

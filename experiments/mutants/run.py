@@ -65,7 +65,8 @@ def run(root: Path, *arguments: str) -> tuple[int, str]:
 
 def pytest(root: Path, *arguments: str) -> str | None:
     """The first test that fails or cannot be loaded, None where all pass."""
-    code, output = run(root, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments)
+    options = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk")
+    code, output = run(root, "-m", "pytest", *options, *arguments)
     if code == 0:
         return None
     if code not in (1, 2):  # 5: no test was selected, 4: wrong arguments

@@ -224,8 +224,8 @@ def polynomial(signature: str, call: Call) -> tuple[Relation, ...] | None:
                     return None
                 mentioned |= {name for name, _ in factors}
                 moving = tuple((n, e) for n, e in factors if n in call.moving and e != 0)
-                if moving:
-                    terms.append(moving)
+                if moving or any(n in call.moving for n, _ in factors):
+                    terms.append(moving)  # a product of moving values to the 0: degree 0
                 elif factors:
                     constant = True
         domain = ((0,) if call.eps else (0, 1)) if constant else None
@@ -271,12 +271,15 @@ def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
     frozen = polynomial(op.signature, call)
     if frozen and "input" not in call.moving and any(o.name == "weight" for o in call.operands):
         return (Mode(None, frozen),)  # 1/sigma is constant
+    if frozen is None:
+        return (_none(call),)
     eps = call.arguments.get("eps", 1.0)
-    # without eps the input may have any degree: exactly scale-invariant
-    held = call.moving if eps is None or eps > 0 else call.moving - {"input"}
-    still = tuple(Relation(zero=tuple(sorted(held)), frozen=r.frozen) for r in frozen or ())
-    plain = Mode(None, still) if still else _none(call)
-    return (plain, Mode("freeze", frozen)) if frozen else (plain,)
+    if eps is None or eps > 0:
+        zero = tuple(sorted(call.moving))
+        plain = tuple(Relation(zero=zero, frozen=r.frozen) for r in frozen)
+    else:  # exactly scale-invariant: the input may have any degree
+        plain = polynomial(op.signature.replace("input", "input^0"), call) or ()
+    return Mode(None, plain), Mode("freeze", frozen)
 
 
 def _attention(op: Operator, call: Call) -> tuple[Mode, ...]:

@@ -214,11 +214,7 @@ class Tracker:
             self.values[k][node] = self.values[k][source][index]
             self.tangents[k][node] = self.tangents[k][source][index]
         self.live[node] = (self.live[source][index],)
-        values = [self.values[k][node] for k in range(self.count)]
-        # one of several outputs may be made of constants alone (meshgrid): the same at all points
-        still = not self.live[node][0] and is_real(values[0])
-        still = still and all(torch.equal(values[0], v) for v in values[1:])
-        if source in self.moving and not still:
+        if source in self.moving:
             self.moving.add(node)
             self.locals[node] = (self.locals[source][index],)
         self.edges[node] = {source} if self.live[node][0] else set()
@@ -254,6 +250,10 @@ class Tracker:
     def _judge(self, node: fx.Node, bounds: list[Bound], item: int) -> Local:
         values = [_outputs(self.values[k][node])[item] for k in range(self.count)]
         tangents = [_outputs(self.tangents[k][node])[item] for k in range(self.count)]
+        if any(
+            bool((t.isnan() & v.isfinite()).any()) for t, v in zip(tangents, values, strict=True)
+        ):
+            raise Unjudged(f"the gradient of {node.name} is not finite")
         found = multiple(tangents, values)
         held = found.degree is not None and abs(found.degree) > TOLERANCE
         first = values[0]
@@ -278,8 +278,20 @@ class Tracker:
                     if found.degree is not None:
                         self.saturated.add(node.name)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
+        self._refuse_noise(bounds, item, values)
         self._refuse_jumps(node, bounds, item)
         return found
+
+    def _refuse_noise(self, bounds: list[Bound], item: int, values: list[Any]) -> None:
+        """A value that moves with the last bits of its operands is rounding: no degree is seen."""
+        for bound, value in zip(bounds, values, strict=True):
+            moving = [p for p in bound.places if p.node in self.moving and is_real(p.value)]
+            with torch.no_grad():
+                moved = _outputs(bound.run(_nudged(bound, moving, 2.0**-50)))[item]
+            gap = (moved - value).abs() if moved.shape == value.shape else value.abs()
+            gap = torch.where(torch.isfinite(gap), gap, 0.0)
+            if gap.numel() and float(gap.max()) > TOLERANCE * float(value.abs().max()):
+                raise Unjudged("a value has lost its digits")
 
     def _refuse_jumps(self, node: fx.Node, bounds: list[Bound], item: int) -> None:
         """A contribution that depends on the step of its difference is none that was measured."""
@@ -478,13 +490,13 @@ def _alike(here: list[Tensor], there: list[Tensor], tops: list[float]) -> bool:
     )
 
 
-def _nudged(bound: Bound, places: Sequence[Place]) -> dict[int, Any]:
-    """The operands there, each element moved by another millionth or less."""
+def _nudged(bound: Bound, places: Sequence[Place], by: float = NUDGE) -> dict[int, Any]:
+    """The operands there, each element moved by another part of itself, `by` or less."""
     moved = {}
     for place in places:
         value = bound.leaves[place.index]
         order = torch.arange(1, value.numel() + 1, dtype=torch.float64).reshape(value.shape)
-        moved[place.index] = value * (1 + NUDGE * torch.cos(order))
+        moved[place.index] = value * (1 + by * torch.cos(order))
     return moved
 
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..operators import Algebra, lookup, registered
+from ..functionalise import SPREADS
+from ..operators import Algebra, lookup, registered, target_name
 from ..operators.samples import _Draw, cases, overload
 
 Draw = Callable[[int, int], int]
@@ -278,10 +279,11 @@ def _decode(leaf: Any) -> Any:
 
 @cache
 def drawable() -> tuple[str, ...]:
-    """The registered operations that architectures call, the simpler classes first."""
+    """The operations that architectures call, the simpler classes first, then the composites."""
     order = list(Algebra)
     entries = sorted(registered(), key=lambda o: (order.index(o.algebra), o.name))
-    return tuple(o.name for o in entries if o.name not in NOT_DRAWN and cases(o.name))
+    names = (*(o.name for o in entries), *map(target_name, SPREADS))
+    return tuple(name for name in names if name not in NOT_DRAWN and cases(name))
 
 
 class _Refused(Exception):
@@ -296,6 +298,8 @@ class _Size(NamedTuple):
 
 _HELD = {"running_mean", "running_var"}
 """arguments in which torch has no derivative"""
+_COUNTING = {"aten.masked_scatter.default"}
+"""whether a shape will do depends on how much of a mask is true"""
 _ACTIVATIONS = (
     "relu gelu silu tanh sigmoid softplus leaky_relu abs exp hardswish sin elu mish cos".split()
 )
@@ -439,7 +443,7 @@ class _Builder:
         held = _held(name, args, kwargs)
         drawn = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _Draw)]
         fluid = [i for i in drawn if leaves[i].kind != "mask" and i not in held]
-        direct = self.draw(0, 1) == 0
+        direct = self.draw(0, 1) == 0 and name not in _COUNTING
         entry = lookup(name)
         still = entry is not None and entry.algebra is Algebra.FREEZING
         first = fluid[self.draw(0, len(fluid) - 1)] if fluid else None
