@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import os
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,8 +24,13 @@ CLASSES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES
 KEEP = ("all", "others", "none")
 
 OBJECTS, CLUTTER = 3, 5
-CANDIDATES = 16  # places tried for an object before it is left out
-UNIFORMS = 384  # numbers an item may draw
+CANDIDATES = 32  # places tried for an object before it is left out
+UNIFORMS = 512  # numbers an item may draw
+TURN = 0.2  # figures and patterns are turned by up to as much, in radians
+Range = tuple[float, float]
+GROUND: tuple[Range, Range] = ((0.0, 0.3), (0.0, 0.3))
+FIGURE: tuple[Range, Range] = ((0.15, 0.5), (0.6, 1.0))
+CORE = 0.85  # the pattern fills a figure of so much of the radius, the rest is its rim
 CHUNK = 64  # images rendered at a time: they fit into the cache
 
 Array = NDArray[np.floating]
@@ -166,13 +172,9 @@ class _Draw:
         return (self(1)[:, 0] * n).astype(np.int64)
 
 
-def _colours(draw: _Draw, contrast: tuple[float, float]) -> Array:
-    """Two colours a figure, (B, 2, 3), which differ by `contrast` in every channel."""
-    step = draw(3, low=contrast[0], high=contrast[1])
-    dark = draw(3) * (1 - step)
-    up = draw(3) < 0.75  # mostly together, so that the pair differs in brightness
-    pair = np.stack([np.where(up, dark, dark + step), np.where(up, dark + step, dark)], axis=1)
-    return np.where(draw(1, 1) < 0.5, pair, pair[:, ::-1])
+def _colours(draw: _Draw, dark: Range, light: Range) -> Array:
+    """Two colours a figure, (B, 2, 3), each channel within its range."""
+    return np.stack([draw(3, low=dark[0], high=dark[1]), draw(3, low=light[0], high=light[1])], 1)
 
 
 def _layer(
@@ -181,7 +183,7 @@ def _layer(
     figure: Ints,
     pattern: Ints,
     radius: Array,
-    contrast: tuple[float, float],
+    colours: tuple[Range, Range],
     centre: Array | None = None,
     shown: Mask | None = None,
 ) -> Layer:
@@ -189,13 +191,13 @@ def _layer(
     return Layer(
         figure,
         pattern,
-        _colours(draw, contrast),
+        _colours(draw, *colours),
         draw(2) * np.array(size, np.float32) if centre is None else centre,
         radius,
-        angle=draw(1, high=2 * np.pi)[:, 0],
-        period=draw(1, low=0.085 * unit, high=0.125 * unit)[:, 0],
+        angle=draw(1, low=-TURN, high=TURN)[:, 0],
+        period=draw(1, low=0.075 * unit, high=0.1 * unit)[:, 0],
         phase=draw(2),
-        pattern_angle=draw(1, high=2 * np.pi)[:, 0],
+        pattern_angle=draw(1, low=-TURN, high=TURN)[:, 0],
         shown=np.ones(len(figure), bool) if shown is None else shown,
     )
 
@@ -205,7 +207,7 @@ def _objects(draw: _Draw, size: tuple[int, int]) -> tuple[list[Layer], Ints]:
     unit, count = min(size), len(draw.numbers)
     order = np.argsort(draw(len(CLASSES)), axis=1)  # classes of one image are distinct
     wanted = 1 + draw.choice(OBJECTS)
-    largest = draw(1, low=0.17, high=0.25)[:, 0] * unit
+    largest = draw(1, low=0.2, high=0.27)[:, 0] * unit
     classes = np.full((count, OBJECTS), -1)
     layers: list[Layer] = []
     placed: list[tuple[Array, Array]] = []
@@ -224,7 +226,7 @@ def _objects(draw: _Draw, size: tuple[int, int]) -> tuple[list[Layer], Ints]:
         centre = places[np.arange(count), free.argmax(1)]
         classes[shown, k] = order[shown, k]
         placed.append((centre, np.where(shown, reach, np.float32(-unit * 9))))
-        layers.append(_layer(draw, size, figure, pattern, radius, (0.4, 0.8), centre, shown))
+        layers.append(_layer(draw, size, figure, pattern, radius, FIGURE, centre, shown))
     return layers, classes
 
 
@@ -232,13 +234,13 @@ def _clutter(draw: _Draw, size: tuple[int, int]) -> list[Layer]:
     """What is behind the objects: a faintly textured ground, plain figures and textured squares."""
     unit, count = min(size), len(draw.numbers)
     ground = np.full(count, EVERYWHERE)
-    layers = [_layer(draw, size, ground, draw.choice(4), np.ones(count, np.float32), (0.0, 0.2))]
+    layers = [_layer(draw, size, ground, draw.choice(4), np.ones(count, np.float32), GROUND)]
     for _ in range(CLUTTER):
         figure = draw.choice(4)
         pattern = np.where(figure == SQUARE, draw.choice(3), PLAIN)
         radius = draw(1, low=0.05, high=0.13)[:, 0] * unit
-        shown = draw(1)[:, 0] < 0.6
-        layers.append(_layer(draw, size, figure, pattern, radius, (0.3, 0.8), None, shown))
+        shown = draw(1)[:, 0] < float(os.environ.get("CL","0.6"))
+        layers.append(_layer(draw, size, figure, pattern, radius, FIGURE, None, shown))
     return layers
 
 
@@ -268,13 +270,14 @@ def _inside(layer: Layer, size: tuple[int, int]) -> tuple[Mask, Mask]:
     y = np.arange(size[0], dtype=np.float32)[None, :, None] + 0.5 - centre[:, :1, None]
     x = np.arange(size[1], dtype=np.float32)[None, None, :] + 0.5 - centre[:, 1:, None]
     radius = layer.radius.astype(np.float32)[:, None, None]
-    inside = _each(FIGURES, layer.figure, *_turned(layer.angle, y / radius, x / radius))
+    x_in, y_in = _turned(layer.angle, y / radius, x / radius)
+    inside = _each(FIGURES, layer.figure, x_in, y_in) & layer.shown[:, None, None]
+    core = _each(FIGURES, layer.figure, x_in / CORE, y_in / CORE)
     period = layer.period[:, None, None]
     u, v = _turned(layer.pattern_angle, y / period, x / period)
     u, v = u + layer.phase[:, :1, None], v + layer.phase[:, 1:, None]
-    return inside & layer.shown[:, None, None], _each(
-        PATTERNS, layer.pattern, u - np.rint(u), v - np.rint(v)
-    )
+    pattern = _each(PATTERNS, layer.pattern, u - np.rint(u), v - np.rint(v))
+    return inside, pattern | ~core
 
 
 def _render(seed: int, items: Sequence[int], size: tuple[int, int], keep: str) -> Rendered:
