@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fullgrad_theory.data import CLASSES
 from fullgrad_theory.data.scenes import OBJECTS, caption
 
-from .train import FULL, Data, Recipe, Task, Trained, fit
+from .fit import FULL, Data, Recipe, Task, Trained, fit
 
 WORDS = ("", "a", "and", ",", *dict.fromkeys(word for name in CLASSES for word in name.split()))
 """The vocabulary; word 0 fills a caption up to `LENGTH`."""

@@ -19,7 +19,7 @@ from torch import nn
 from fullgrad_theory.data import CLASSES
 from fullgrad_theory.errors import unknown_name
 
-from .train import FULL, Recipe, Trained, classify, fit
+from .fit import FULL, Recipe, Trained, classify, fit
 
 IMAGE, PATCH = 64, 8
 Builder = Callable[[], nn.Module]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import os
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,14 +22,14 @@ TEXTURES = ("striped", "dotted", "checkered")
 CLASSES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
 KEEP = ("all", "others", "none")
 
-OBJECTS, CLUTTER = 3, 5
+OBJECTS, CLUTTER = 3, 3
 CANDIDATES = 32  # places tried for an object before it is left out
 UNIFORMS = 512  # numbers an item may draw
 TURN = 0.2  # figures and patterns are turned by up to as much, in radians
 Range = tuple[float, float]
 GROUND: tuple[Range, Range] = ((0.0, 0.3), (0.0, 0.3))
 FIGURE: tuple[Range, Range] = ((0.15, 0.5), (0.6, 1.0))
-CORE = 0.85  # the pattern fills a figure of so much of the radius, the rest is its rim
+CORE = 1.0  # the pattern fills a figure of so much of the radius, the rest is its rim
 CHUNK = 64  # images rendered at a time: they fit into the cache
 
 Array = NDArray[np.floating]
@@ -239,7 +238,7 @@ def _clutter(draw: _Draw, size: tuple[int, int]) -> list[Layer]:
         figure = draw.choice(4)
         pattern = np.where(figure == SQUARE, draw.choice(3), PLAIN)
         radius = draw(1, low=0.05, high=0.13)[:, 0] * unit
-        shown = draw(1)[:, 0] < float(os.environ.get("CL","0.6"))
+        shown = draw(1)[:, 0] < 0.6
         layers.append(_layer(draw, size, figure, pattern, radius, FIGURE, None, shown))
     return layers
 
