@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
+import timm
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
-from fullgrad_theory.data import CLASSES, Sample, Scenes, collate
+from fullgrad_theory.data import (
+    CLASSES,
+    Coco,
+    ImageFolder,
+    ImageNetS,
+    OxfordPets,
+    Sample,
+    Scenes,
+    collate,
+)
 from fullgrad_theory.data.scenes import SHAPES, TEXTURES, Rendered, caption
 from fullgrad_theory.errors import InputError
 
@@ -87,7 +102,7 @@ def test_figures_have_the_area_they_claim() -> None:
     areas = data.masks[:, 0].sum((1, 2)) / (96 * 96)
     for shape in range(len(SHAPES)):
         mean = areas[data.classes[:, 0] % len(SHAPES) == shape].mean()
-        assert abs(mean - np.pi * np.mean(np.linspace(0.17, 0.25, 101) ** 2)) < 0.01
+        assert abs(mean - np.pi * np.mean(np.linspace(0.2, 0.27, 101) ** 2)) < 0.01
 
 
 def test_captions_name_the_objects_by_size() -> None:
@@ -183,3 +198,193 @@ def test_collate_wants_one_size() -> None:
         collate([Scenes(1, size=32)[0], Scenes(1, size=48)[0]])
     with pytest.raises(InputError, match="no sample"):
         collate([])
+
+
+# --------------------------------------------------------------------------- real data
+
+
+def picture(
+    path: Path, size: tuple[int, int] = (40, 30), box: tuple | None = (10, 5, 29, 19)
+) -> None:
+    """A JPEG or PNG of width x height, black with a white box."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size)
+    if box:
+        ImageDraw.Draw(image).rectangle(box, fill=(255, 255, 255))
+    image.save(path)
+
+
+def box_mask(height: int = 30, width: int = 40) -> torch.Tensor:
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[5:20, 10:30] = True
+    return mask
+
+
+def eval_transform(size: int = 24):
+    return timm.data.create_transform(input_size=(3, size, size), crop_pct=0.9)
+
+
+def train_transform():
+    return timm.data.create_transform(
+        input_size=(3, 24, 24), is_training=True, hflip=0.5, color_jitter=None
+    )
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        picture(tmp_path / name / "1.png")
+    data = ImageFolder(tmp_path)
+    assert [s.label for s in data] == [0, 1] and data.classes == ("cat", "dog")
+    assert data[0].image.shape == (3, 30, 40) and data[0].mask is None
+    assert data[0].image.max() == 1 and data[0].image.min() == -1
+    named = ImageFolder(tmp_path, eval_transform(), classes=["bird", "dog", "cat"])
+    assert [named[i].label for i in range(2)] == [2, 1]
+    assert named[0].image.shape == (3, 24, 24)
+    with pytest.raises(InputError, match="cat"):
+        ImageFolder(tmp_path, classes=["dog"])
+
+
+def pets(root: Path) -> None:
+    base = root / "oxford-iiit-pet"
+    picture(base / "images" / "Abyssinian_1.jpg")
+    picture(base / "images" / "pug_2.jpg")
+    trimap = np.full((30, 40), 2, np.uint8)
+    trimap[4:21, 9:31] = 3
+    trimap[5:20, 10:30] = 1
+    (base / "annotations" / "trimaps").mkdir(parents=True)
+    for name in ("Abyssinian_1", "pug_2"):
+        Image.fromarray(trimap).save(base / "annotations" / "trimaps" / f"{name}.png")
+    (base / "annotations" / "test.txt").write_text("Abyssinian_1 1 1 1\npug_2 2 2 1\n")
+
+
+def test_oxford_pets(tmp_path: Path) -> None:
+    pets(tmp_path)
+    data = OxfordPets(tmp_path)
+    assert len(data) == 2 and data.classes == ("Abyssinian", "Pug")
+    sample = data[1]
+    assert sample.label == 1 and sample.mask is not None
+    assert torch.equal(sample.mask, box_mask())
+    with pytest.raises(InputError, match=r"trainval\.txt"):
+        OxfordPets(tmp_path, split="trainval")
+
+
+def test_imagenet_s(tmp_path: Path) -> None:
+    names = [f"n{i:08}" for i in range(300)]
+    for name in names:
+        (tmp_path / "validation" / name).mkdir(parents=True)
+    picture(tmp_path / "validation" / names[258] / "a.JPEG")
+    category = np.zeros((30, 40, 3), np.uint8)
+    category[5:20, 10:30] = (259 % 256, 259 // 256, 0)  # the 259th folder
+    category[0:3, 0:3] = (7, 0, 0)  # another one
+    category[25:, 30:] = (1000 % 256, 1000 // 256, 0)  # unclassified
+    target = tmp_path / "validation-segmentation" / names[258] / "a.png"
+    target.parent.mkdir(parents=True)
+    Image.fromarray(category).save(target)
+    order = [*reversed(names)]
+    sample = ImageNetS(tmp_path, classes=order)[0]
+    assert sample.label == order.index(names[258]) and sample.mask is not None
+    assert torch.equal(sample.mask, box_mask())
+    assert list(sample.others) == [order.index(names[6])]
+    assert sample.others[order.index(names[6])].sum() == 9
+    with pytest.raises(InputError, match="n00000000"):
+        ImageNetS(tmp_path)  # these are no WordNet ids of ImageNet-1k
+
+
+def test_imagenet_s_labels_are_those_of_imagenet_1k(tmp_path: Path) -> None:
+    picture(tmp_path / "validation" / "n01443537" / "a.JPEG")
+    target = tmp_path / "validation-segmentation" / "n01443537" / "a.png"
+    target.parent.mkdir(parents=True)
+    Image.new("RGB", (40, 30), (1, 0, 0)).save(target)
+    sample = ImageNetS(tmp_path)[0]
+    assert sample.label == 1 and sample.mask is not None and sample.mask.all()  # goldfish
+
+
+def coco(root: Path) -> tuple[Path, Path, Path]:
+    picture(root / "val" / "1.jpg")
+    picture(root / "val" / "2.jpg")
+    inside = np.zeros((30, 40), int)
+    inside[20:30, 0:4] = 1
+    flat = inside.T.reshape(-1)
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *changes, len(flat)]).tolist()
+    box = [10, 5, 29, 5, 29, 19, 10, 19]
+    found = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "height": 30, "width": 40} for i in (1, 2)],
+        "categories": [{"id": 90, "name": "cup"}, {"id": 3, "name": "car"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 3, "iscrowd": 0, "segmentation": [[1, 1, 3, 1, 3, 3]]},
+            {"image_id": 1, "category_id": 90, "iscrowd": 0, "segmentation": [box]},
+            {
+                "image_id": 1,
+                "category_id": 3,
+                "iscrowd": 1,
+                "segmentation": {"counts": runs, "size": [30, 40]},
+            },
+        ],
+    }
+    instances, said = root / "instances.json", root / "captions.json"
+    instances.write_text(json.dumps(found))
+    notes = [{"image_id": 1, "caption": c} for c in ("a cup and a car", "two things")]
+    said.write_text(json.dumps({"annotations": notes}))
+    return root / "val", instances, said
+
+
+def test_coco(tmp_path: Path) -> None:
+    images, instances, captions = coco(tmp_path)
+    data = Coco(images, instances, captions=captions)
+    assert len(data) == 1 and data.classes == ("car", "cup")  # image 2 has no object
+    sample = data[0]
+    assert sample.label == 1 and sample.caption == "a cup and a car" and sample.mask is not None
+    assert torch.equal(sample.mask, box_mask())
+    car = sample.others[0]
+    assert car[20:30, 0:4].all() and car[1, 1] and car[3, 3] and not car[3, 1]
+    assert car.sum() == 40 + car[:5, :5].sum()
+    (images / "1.jpg").unlink()
+    with pytest.raises(InputError, match="missing"):
+        data[0]
+
+
+def test_coco_refuses_compressed_runs(tmp_path: Path) -> None:
+    images, instances, _ = coco(tmp_path)
+    found = json.loads(instances.read_text())
+    found["annotations"][0]["segmentation"] = {"counts": "abc", "size": [30, 40]}
+    instances.write_text(json.dumps(found))
+    with pytest.raises(InputError, match="pycocotools"):
+        Coco(images, instances)[0]
+
+
+@pytest.mark.parametrize("make", [eval_transform, train_transform])
+def test_masks_go_through_the_transform_with_the_image(tmp_path: Path, make) -> None:
+    """The object is white on black: where the transformed image is bright is the mask."""
+    pets(tmp_path)
+    data = OxfordPets(tmp_path, make())
+    seen = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        sample = data[0]
+        assert sample.mask is not None and sample.mask.shape == (24, 24)
+        black = (-0.485 / 0.229, 1 - 0.485 / 0.229)
+        bright = sample.image[0] * 0.229 + 0.485 > 0.5
+        assert black[0] - 1e-3 <= sample.image.min()
+        assert (bright != sample.mask).float().mean() < 0.02  # JPEG and rounding, at the edge
+        assert 0.02 < sample.mask.float().mean() < 0.98
+        seen.add(int(sample.mask.sum()))
+    assert len(seen) == 1 if make is eval_transform else len(seen) > 1
+
+
+def test_a_transform_without_a_tensor(tmp_path: Path) -> None:
+    pets(tmp_path)
+    with pytest.raises(InputError, match="ToTensor"):
+        OxfordPets(tmp_path, lambda image: image.resize((8, 8)))[0]  # type: ignore[arg-type]
+
+
+def test_missing_paths_are_one_clear_sentence(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    for make in (ImageFolder, OxfordPets, ImageNetS, lambda path: Coco(path, path / "a.json")):
+        with pytest.raises(InputError, match=r"nowhere.*nothing is downloaded"):
+            make(nowhere)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="empty"):
+        ImageFolder(empty)
