@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fullgrad_theory.data import CLASSES
 from fullgrad_theory.data.scenes import OBJECTS, caption
 
-from .fit import FULL, Data, Recipe, Task, Trained, fit
+from .fit import FULL, Data, Recipe, Task, Trained, fit, held_out
 
 WORDS = ("", "a", "and", ",", *dict.fromkeys(word for name in CLASSES for word in name.split()))
 """The vocabulary; word 0 fills a caption up to `LENGTH`."""
@@ -83,10 +83,11 @@ def _contrast(model: nn.Module, data: Data, smoothing: float) -> Tensor:
 
 
 @torch.no_grad()
-def _retrieval(model: nn.Module, data: Data) -> dict[str, float]:
+def _retrieval(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     """`retrieval`: the image's own caption comes first among all different captions of the held-out
     images; `of 32`: among those of 32 images; `accuracy`: its largest object's name comes first
     among the names of all classes."""
+    data = held_out(recipe)
     said = captions(data)
     choices = sorted(set(said))
     images = torch.cat(

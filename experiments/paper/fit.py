@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,17 +27,18 @@ from fullgrad_theory.progress import progress
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: AdamW, one cycle of the learning rate, no augmentation.
+    """How a model is trained: one cycle of the learning rate, no augmentation, and AdaMuon, whose
+    steps for matrices are orthogonal: a third of the steps that AdamW needs here.
 
     `images` and `held_out`: how many scenes, of seeds `seed` and `seed` + 1000003; `every`: seconds
     between two checkpoints.
     """
 
-    images: int = 20000
+    images: int = 24000
     held_out: int = 2000
-    steps: int = 2000
+    steps: int = 1800
     batch: int = 32
-    rate: float = 1.5e-3
+    rate: float = 4e-3
     decay: float = 0.05
     smoothing: float = 0.05
     seed: int = 0
@@ -68,10 +70,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """`loss(model, data, smoothing)`, a scalar; `score(model, data)`: named figures in [0, 1]."""
+    """`loss(model, data, smoothing)`, a scalar; `score(model, recipe)`: figures in [0, 1] on the
+    scenes that were held out."""
 
     loss: Callable[[nn.Module, Data, float], Tensor]
-    score: Callable[[nn.Module, Data], dict[str, float]]
+    score: Callable[[nn.Module, Recipe], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,13 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return right / len(data)
 
 
-classify = Task(_class_loss, lambda model, data: {"accuracy": accuracy(model, data)})
+def _looks(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Accuracy, and what is left of it without the labelled object, and without any object."""
+    kept = {"accuracy": "all", "without it": "others", "without any": "none"}
+    return {name: accuracy(model, held_out(recipe, keep)) for name, keep in kept.items()}
+
+
+classify = Task(_class_loss, _looks)
 
 
 # --------------------------------------------------------------------------- training
@@ -154,9 +163,7 @@ def _train(
     name: str, model: nn.Module, task: Task, recipe: Recipe, file: Path, stop_after: int | None
 ) -> None:
     data = scenes(recipe.images, recipe.seed)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, weight_decay=recipe.decay, betas=(0.9, 0.98), fused=True
-    )
+    optimiser = create_optimizer_v2(model, opt="adamuon", lr=recipe.rate, weight_decay=recipe.decay)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, recipe.rate, total_steps=recipe.steps, pct_start=0.15
     )
@@ -188,7 +195,7 @@ def _train(
             cycle.step()
             tick(f"loss {loss.item():.2f}", step + 1, recipe.steps)
     seconds += time.monotonic() - start
-    scores = task.score(model.eval(), held_out(recipe))
+    scores = task.score(model.eval(), recipe)
     _save({"model": model.state_dict(), "scores": scores, "seconds": seconds}, file)
     part.unlink(missing_ok=True)
 

@@ -29,7 +29,6 @@ TURN = 0.2  # figures and patterns are turned by up to as much, in radians
 Range = tuple[float, float]
 GROUND: tuple[Range, Range] = ((0.0, 0.3), (0.0, 0.3))
 FIGURE: tuple[Range, Range] = ((0.15, 0.5), (0.6, 1.0))
-CORE = 1.0  # the pattern fills a figure of so much of the radius, the rest is its rim
 CHUNK = 64  # images rendered at a time: they fit into the cache
 
 Array = NDArray[np.floating]
@@ -212,7 +211,7 @@ def _objects(draw: _Draw, size: tuple[int, int]) -> tuple[list[Layer], Ints]:
     placed: list[tuple[Array, Array]] = []
     for k in range(OBJECTS):
         figure, pattern = order[:, k] % len(SHAPES), order[:, k] // len(SHAPES)
-        ratio = draw(1, low=0.5, high=0.68)[:, 0]
+        ratio = draw(1, low=0.45, high=0.6)[:, 0]
         radius = largest if k == 0 else largest * ratio
         reach = radius * REACH[figure]
         span = np.array(size, np.float32) - 2 * reach[:, None]
@@ -269,14 +268,12 @@ def _inside(layer: Layer, size: tuple[int, int]) -> tuple[Mask, Mask]:
     y = np.arange(size[0], dtype=np.float32)[None, :, None] + 0.5 - centre[:, :1, None]
     x = np.arange(size[1], dtype=np.float32)[None, None, :] + 0.5 - centre[:, 1:, None]
     radius = layer.radius.astype(np.float32)[:, None, None]
-    x_in, y_in = _turned(layer.angle, y / radius, x / radius)
-    inside = _each(FIGURES, layer.figure, x_in, y_in) & layer.shown[:, None, None]
-    core = _each(FIGURES, layer.figure, x_in / CORE, y_in / CORE)
+    inside = _each(FIGURES, layer.figure, *_turned(layer.angle, y / radius, x / radius))
     period = layer.period[:, None, None]
     u, v = _turned(layer.pattern_angle, y / period, x / period)
     u, v = u + layer.phase[:, :1, None], v + layer.phase[:, 1:, None]
-    pattern = _each(PATTERNS, layer.pattern, u - np.rint(u), v - np.rint(v))
-    return inside, pattern | ~core
+    second = _each(PATTERNS, layer.pattern, u - np.rint(u), v - np.rint(v))
+    return inside & layer.shown[:, None, None], second
 
 
 def _render(seed: int, items: Sequence[int], size: tuple[int, int], keep: str) -> Rendered:
