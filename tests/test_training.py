@@ -14,7 +14,7 @@ from experiments.paper.fit import SMOKE, accuracy, classify, fit, held_out, scen
 from experiments.paper.models import ARCHITECTURES, BUILDERS, SIZES, load, train
 from experiments.paper.train import table
 from fullgrad_theory.data import CLASSES
-from fullgrad_theory.errors import UnknownNameError
+from fullgrad_theory.errors import InputError, UnknownNameError
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -99,12 +99,10 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    """A hundred images are learnt by heart; the class then falls without the object itself."""
-    recipe = replace(SMOKE, images=96, steps=120, batch=16, rate=3e-3)
+    """A few images are learnt by heart; what is known of others is in the table of the full size."""
+    recipe = replace(SMOKE, images=64, steps=80)
     model = load("mixer", tmp_path, recipe)
-    seen = scenes(recipe.images, recipe.seed)
-    assert accuracy(model, seen) > 0.6  # chance: 0.11
-    assert accuracy(model, scenes(recipe.images, recipe.seed, "none")) < 0.35
+    assert accuracy(model, scenes(recipe.images, recipe.seed)) > 0.9  # chance: 0.11
 
 
 # --------------------------------------------------------------------------- the two towers
@@ -115,7 +113,7 @@ def test_words() -> None:
     row = clip.tokens([f"a {CLASSES[0]}", longest])
     assert row.shape == (2, clip.LENGTH) and (row[0, 3:] == 0).all() and (row[1] != 0).all()
     assert [clip.WORDS[i] for i in row[0, :3]] == ["a", *CLASSES[0].split()]
-    with pytest.raises(ValueError, match="cat"):
+    with pytest.raises(InputError, match="words cat;"):
         clip.tokens(["a striped cat"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from fullgrad_theory.data import CLASSES
 from fullgrad_theory.data.scenes import OBJECTS, caption
+from fullgrad_theory.errors import InputError
 
 from .fit import FULL, Data, Recipe, Task, Trained, fit, held_out
 
@@ -19,9 +21,15 @@ WORDS = ("", "a", "and", ",", *dict.fromkeys(word for name in CLASSES for word i
 LENGTH = 4 * OBJECTS - 1
 
 
-def tokens(captions: list[str]) -> Tensor:
-    """(N, LENGTH) int64. Raises `ValueError` for a word that no caption of a scene has."""
-    rows = [[WORDS.index(w) for w in text.replace(",", " ,").split()] for text in captions]
+def tokens(captions: Sequence[str]) -> Tensor:
+    """(N, LENGTH) int64. Raises `InputError` for a word that no caption of a scene has."""
+    said = [text.replace(",", " ,").split() for text in captions]
+    strange = sorted({word for row in said for word in row} - set(WORDS))
+    if strange:
+        raise InputError(
+            f"no scene's caption has the words {', '.join(strange)}; known: {' '.join(WORDS[1:])}"
+        )
+    rows = [[WORDS.index(word) for word in row] for row in said]
     return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
 
 
@@ -51,7 +59,9 @@ class Clip(nn.Module):
     def encode_text(self, texts: Tensor) -> Tensor:
         """(M, dim), of length one."""
         filled = texts != 0
-        seen = self.text(self.words(texts) + self.places, src_key_padding_mask=~filled)
+        seen = self.text(
+            self.words(texts) + self.places[: texts.shape[1]], src_key_padding_mask=~filled
+        )
         weight = filled / filled.sum(1, keepdim=True)
         return F.normalize(self.head((seen * weight[..., None]).sum(1)), dim=-1)
 
