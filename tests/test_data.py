@@ -105,7 +105,7 @@ def test_figures_have_the_area_they_claim() -> None:
         assert abs(mean - np.pi * np.mean(np.linspace(0.2, 0.27, 101) ** 2)) < 0.01
 
 
-def test_captions_name_the_objects_by_size() -> None:
+def test_captions_name_the_objects() -> None:
     assert caption([0, -1, -1]) == f"a {CLASSES[0]}"
     assert caption([4, -1, 2]) == f"a {CLASSES[4]} and a {CLASSES[2]}"
     assert caption([4, 8, 2]) == f"a {CLASSES[4]}, a {CLASSES[8]} and a {CLASSES[2]}"

@@ -99,7 +99,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    """A few images are learnt by heart; what is known of others is in the table of the full size."""
+    """A few images are learnt by heart; the full size's table says what is known of others."""
     recipe = replace(SMOKE, images=64, steps=80)
     model = load("mixer", tmp_path, recipe)
     assert accuracy(model, scenes(recipe.images, recipe.seed)) > 0.9  # chance: 0.11

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +201,8 @@ class Coco(Dataset[Sample]):
             mask = _outline(found["segmentation"], size)
             masks[label] = masks[label] | mask if label in masks else mask
         label = max(masks, key=lambda key: int(masks[key].sum()))
-        found_here = _sample(self.images / entry["file_name"], label, masks, self.transform)
-        return Sample(
-            found_here.image,
-            label,
-            found_here.mask,
-            found_here.others,
-            self.said.get(entry["id"]),
-        )
+        sample = _sample(self.images / entry["file_name"], label, masks, self.transform)
+        return replace(sample, caption=self.said.get(entry["id"]))
 
 
 def _outline(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -26,7 +26,7 @@ OBJECTS, CLUTTER = 3, 3
 CANDIDATES = 32  # places tried for an object before it is left out
 UNIFORMS = 512  # numbers an item may draw
 TURN = 0.2  # figures and patterns are turned by up to as much, in radians
-Range = tuple[float, float]
+Range = tuple[float, float]  # of a channel, for the dark and for the light colour
 GROUND: tuple[Range, Range] = ((0.0, 0.3), (0.0, 0.3))
 FIGURE: tuple[Range, Range] = ((0.15, 0.5), (0.6, 1.0))
 CHUNK = 64  # images rendered at a time: they fit into the cache
@@ -61,8 +61,8 @@ PATTERNS: tuple[Predicate, ...] = (
 
 @dataclass(frozen=True)
 class Rendered:
-    """`images`: (B, 3, H, W) uint8; `classes`: (B, 3) of the objects by size, -1 for none, the
-    first being the label; `masks`: (B, 3, H, W) bool of the same objects."""
+    """`images`: (B, 3, H, W) uint8; `classes`: (B, 3) of the objects, -1 for none, the first being
+    the label; `masks`: (B, 3, H, W) bool of the same objects."""
 
     images: NDArray[np.uint8]
     classes: Ints
@@ -132,7 +132,7 @@ class Scenes(Dataset[Sample]):
 
 
 def caption(classes: Sequence[int]) -> str:
-    """In words, largest first: "a striped circle, a dotted cross and a dotted circle"."""
+    """In words, the labelled object first: "a striped circle, a dotted cross and a dotted circle"."""
     names = [f"a {CLASSES[c]}" for c in classes if c >= 0]
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
@@ -201,7 +201,7 @@ def _layer(
 
 
 def _objects(draw: _Draw, size: tuple[int, int]) -> tuple[list[Layer], Ints]:
-    """The objects, largest first, none touching another, with their classes (B, 3)."""
+    """The objects, the largest first, none touching another, with their classes (B, 3)."""
     unit, count = min(size), len(draw.numbers)
     order = np.argsort(draw(len(CLASSES)), axis=1)  # classes of one image are distinct
     wanted = 1 + draw.choice(OBJECTS)
@@ -251,9 +251,7 @@ def _turned(angle: Array, y: Array, x: Array) -> tuple[Array, Array]:
     return cos * x + sin * y, cos * y - sin * x
 
 
-def _each(
-    functions: Sequence[Callable[[Array, Array], Mask]], which: Ints, x: Array, y: Array
-) -> Mask:
+def _each(functions: Sequence[Predicate], which: Ints, x: Array, y: Array) -> Mask:
     """Row b by function number which[b]."""
     result = np.empty(x.shape, bool)
     for number in np.unique(which):
