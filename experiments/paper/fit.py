@@ -51,7 +51,8 @@ SMOKE = Recipe(images=256, held_out=64, steps=8, batch=16, every=1e9)
 
 @dataclass(frozen=True)
 class Data:
-    """`images`: (N, 3, 64, 64) uint8; `classes`: (N, 3) int64, the objects, the labelled one first, -1 for none."""
+    """`images`: (N, 3, 64, 64) uint8; `classes`: (N, 3) int64 of the objects, -1 for none, the
+    first being the label."""
 
     images: Tensor
     classes: Tensor

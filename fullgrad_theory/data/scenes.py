@@ -132,7 +132,7 @@ class Scenes(Dataset[Sample]):
 
 
 def caption(classes: Sequence[int]) -> str:
-    """In words, the labelled object first: "a striped circle, a dotted cross and a dotted circle"."""
+    """In words: "a striped circle, a dotted cross and a dotted circle", the label first."""
     names = [f"a {CLASSES[c]}" for c in classes if c >= 0]
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
