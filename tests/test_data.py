@@ -102,7 +102,7 @@ def test_figures_have_the_area_they_claim() -> None:
     areas = data.masks[:, 0].sum((1, 2)) / (96 * 96)
     for shape in range(len(SHAPES)):
         mean = areas[data.classes[:, 0] % len(SHAPES) == shape].mean()
-        assert abs(mean - np.pi * np.mean(np.linspace(0.2, 0.27, 101) ** 2)) < 0.01
+        assert abs(mean - np.pi * np.mean(np.linspace(0.21, 0.28, 101) ** 2)) < 0.01
 
 
 def test_captions_name_the_objects() -> None:

@@ -34,9 +34,9 @@ class Recipe:
     between two checkpoints.
     """
 
-    images: int = 24000
+    images: int = 40000
     held_out: int = 2000
-    steps: int = 1800
+    steps: int = 1600
     batch: int = 32
     rate: float = 4e-3
     decay: float = 0.05

@@ -38,12 +38,12 @@ Predicate = Callable[[Array, Array], Mask]
 
 # Every figure has the area of the circle of radius 1. `REACH`: the farthest point from its centre.
 SQUARE, EVERYWHERE = 3, 4
-REACH = np.array([1.0, 1.555, 1.253, 1.253], np.float32)
+REACH = np.array([1.0, 1.555, 1.49, 1.253], np.float32)
 FIGURES: tuple[Predicate, ...] = (
     lambda x, y: x * x + y * y < 1,
     lambda x, y: np.maximum(np.abs(x) * 3**0.5 - y, 2 * y) < 2 * 0.7775,
     lambda x, y: (
-        (np.maximum(np.abs(x), np.abs(y)) < 1.1889) & (np.minimum(np.abs(x), np.abs(y)) < 0.3963)
+        (np.maximum(np.abs(x), np.abs(y)) < 1.459) & (np.minimum(np.abs(x), np.abs(y)) < 0.3)
     ),
     lambda x, y: np.maximum(np.abs(x), np.abs(y)) < 0.8862,
     lambda x, y: np.ones(x.shape, bool),
@@ -205,7 +205,7 @@ def _objects(draw: _Draw, size: tuple[int, int]) -> tuple[list[Layer], Ints]:
     unit, count = min(size), len(draw.numbers)
     order = np.argsort(draw(len(CLASSES)), axis=1)  # classes of one image are distinct
     wanted = 1 + draw.choice(OBJECTS)
-    largest = draw(1, low=0.2, high=0.27)[:, 0] * unit
+    largest = draw(1, low=0.21, high=0.28)[:, 0] * unit
     classes = np.full((count, OBJECTS), -1)
     layers: list[Layer] = []
     placed: list[tuple[Array, Array]] = []
@@ -236,7 +236,7 @@ def _clutter(draw: _Draw, size: tuple[int, int]) -> list[Layer]:
     for _ in range(CLUTTER):
         figure = draw.choice(4)
         pattern = np.where(figure == SQUARE, draw.choice(3), PLAIN)
-        radius = draw(1, low=0.05, high=0.13)[:, 0] * unit
+        radius = draw(1, low=0.04, high=0.1)[:, 0] * unit
         shown = draw(1)[:, 0] < 0.6
         layers.append(_layer(draw, size, figure, pattern, radius, FIGURE, None, shown))
     return layers
