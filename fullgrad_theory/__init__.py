@@ -4,8 +4,10 @@ report = check_completeness(model)                  # of the gradient as it is
 report = check_completeness(model, policy="libra")  # with that policy's edits
 balanced = balance(model)                           # same forward bit for bit, edited backward
 parts = fullgrad(balanced, x, target=3)             # the logit, split into its contributions
+found = explain(model, x, "fullgrad+", policy="libra")  # the same as a map over the image
 """
 
+from .attribution import Explainer, Map, explain
 from .balance import Balanced, balance
 from .check import assert_complete, check_completeness
 from .degrees import Degrees, degrees
@@ -26,11 +28,13 @@ __all__ = [
     "ComputationGraph",
     "Degrees",
     "EndToEnd",
+    "Explainer",
     "FreezeScale",
     "FullGrad",
     "FullgradError",
     "IncompleteError",
     "Integrate",
+    "Map",
     "NodeReport",
     "Plan",
     "Policy",
@@ -44,6 +48,7 @@ __all__ = [
     "check_completeness",
     "degrees",
     "derive_rules",
+    "explain",
     "fullgrad",
     "integrate",
     "policies",

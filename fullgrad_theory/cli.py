@@ -20,16 +20,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .attribution import METHODS, Explainer
 from .check import check_completeness
 from .derive import derive_rules
 from .errors import FullgradError, InputError, unknown_name
 from .formats import to_junit, to_sarif
 from .operators import LEMMAS, registered
+from .picture import FORMATS, class_name, draw, read, see
 from .policies import policies as known_policies
 from .policies import policy as find_policy
 from .progress import progress
 from .report import WIDTH, Report
-from .target import Shape, draw, file_of, is_target, load
+from .target import Shape, file_of, is_target, load
+from .target import draw as draw_inputs
 from .trace import Model, default_inputs, definition, home
 
 app = typer.Typer(
@@ -67,6 +70,23 @@ def _fits_policy(name: str | None) -> str | None:
         except FullgradError as error:
             raise typer.BadParameter(str(error)) from None
     return name
+
+
+def _fit_policies(names: list[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if _fits_policy(name)]
+
+
+def _fit_methods(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in METHODS:
+            raise typer.BadParameter(str(unknown_name("method", name, METHODS)))
+    return list(dict.fromkeys(names))
+
+
+def _picture(path: Path) -> Path:
+    if path.suffix.lower() not in FORMATS:
+        raise typer.BadParameter(f"{path.name!r}: name a file that ends in {', '.join(FORMATS)}")
+    return _writable(path) or path
 
 
 def _fits_device(name: str | None) -> str | None:
@@ -219,7 +239,7 @@ def _inputs(
     if shapes:
         if not isinstance(model, torch.nn.Module):
             at, kind = torch.device(device or at), getattr(torch, dtype) if dtype else kind
-        return draw(shapes, at, kind)
+        return draw_inputs(shapes, at, kind)
     try:
         return default_inputs(model)
     except InputError:
@@ -327,6 +347,67 @@ def derive(
         if save is not None:
             plan.save(save)
     _print(Text(str(plan)))
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image file.")],
+    name: Annotated[
+        str,
+        typer.Option("--model", metavar="NAME", help="The model, as the other commands take it."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=_picture, help="Write the picture there.")
+    ],
+    method: Annotated[
+        list[str], typer.Option(callback=_fit_methods, help="A method, once for each.")
+    ] = ["fullgrad+"],  # noqa: B006
+    policy: Annotated[
+        list[str],
+        typer.Option(callback=_fit_policies, help="Edits of the backward, or plain; repeatable."),
+    ] = ["libra"],  # noqa: B006
+    target: Annotated[
+        int | None, typer.Option(help="The class to explain; the prediction where left out.")
+    ] = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    device: Device = None,
+) -> None:
+    """Draw what an image's places contribute to a class: methods x policies in one picture."""
+    with _judging():
+        opened = read(image)
+        model = _create(name, weights, pretrained, device, None)
+        (example, *more) = _inputs(model, inputs, device, None)
+        if more or example.dim() != 4:
+            raise InputError("maps are of models that take one image tensor (1, 3, H, W)")
+        seen = see(opened, model, example)
+        maps: dict[str, dict[str, Any]] = {m: {} for m in method}
+        with progress("explaining") as tick:
+            for done, edits in enumerate(policy):
+                tick(edits, done, len(policy))
+                explainer = Explainer(model, example, edits)
+                for m, found in explainer(seen.pixels, method, target).items():
+                    maps[m][edits] = found
+        with torch.no_grad():
+            likely = explainer.scores(seen.pixels).softmax(-1)
+        one = next(iter(maps[method[0]].values()))
+        chosen = "the output" if one.target is None else class_name(model, int(one.target[0]))
+        share = "" if one.target is None else f", probability {float(likely[0, one.target[0]]):.3g}"
+        title = f"{name}: {chosen}, value {float(one.output[0]):.4g}{share}"
+        draw(seen, maps, title, out)
+    _print(Text(title), _explained(maps), Text(f"written to {out}"))
+
+
+def _explained(maps: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("method", "policy", "grid", "completeness error"):
+        table.add_column(heading)
+    for method, by_policy in maps.items():
+        for policy, found in by_policy.items():
+            error = "-" if found.error is None else f"{float(found.error[0]):.2g}"
+            table.add_row(method, policy, " x ".join(map(str, found.values.shape[1:])), error)
+    return table
 
 
 @app.command()

@@ -1,0 +1,7 @@
+"""Attribution maps: what each place in an image contributes to an output, by sixteen methods."""
+
+from .explain import Explainer, explain
+from .map import Map
+from .methods import METHODS, Method
+
+__all__ = ["METHODS", "Explainer", "Map", "Method", "explain"]

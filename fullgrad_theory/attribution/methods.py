@@ -1,0 +1,333 @@
+"""The methods, each a function of what one pass gathered; the table is at the end.
+
+Signed throughout: no method cuts off negative values but where its definition does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .anatomy import Attention, Block
+from .layout import Cell, Layout, regrid, scatter
+from .run import Need, Record, Weights
+
+_TINY = 1e-30  # against 0 / 0 alone
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What a method found: `values` (B, h, w) of cells of some size in pixels, and the total."""
+
+    values: Tensor
+    cell: Cell
+    total: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """`function` of a `Record`; None where it samples (`sampled.py`). `needs`: what it reads."""
+
+    name: str
+    source: str
+    function: Callable[[Record], Placed] | None
+    needs: frozenset[Need]
+
+
+def _sum(r: Record, parts: Iterable[tuple[Cell, Tensor]]) -> Placed:
+    """Canvases of several cell sizes as one, on the first block's grid; sums are kept.
+
+    Without blocks of such cells (an earlier stage's, LeGrad's last one), on the smallest cells.
+    """
+    parts = list(parts)
+    cell, grid = _first_grid(r)
+    if cell not in {c for c, _ in parts}:
+        cell, grid = min(((c, (v.shape[1], v.shape[2])) for c, v in parts), key=lambda p: p[0])
+    return Placed(_total_of(regrid(v, c, cell, grid) for c, v in parts), cell)
+
+
+def _total_of(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)
+
+
+# --------------------------------------------------------------------------- input and biases
+
+
+def _input(r: Record) -> Tensor:
+    return r.image * r.image_gradient
+
+
+def _total(parts: Tensor) -> Tensor:
+    return parts.flatten(1).sum(1, dtype=torch.float64)
+
+
+def input_x_gradient(r: Record) -> Placed:
+    """sum_c x dL/dx, at every pixel."""
+    parts = _input(r)
+    return Placed(parts.sum(1), (1.0, 1.0), _total(parts))
+
+
+def fullgrad(r: Record) -> Placed:
+    """x dL/dx and b dL/db of every bias, each where it lies."""
+    image = _input(r)
+    cell, grid = _first_grid(r)
+    own = regrid(image.sum(1), (1.0, 1.0), cell, grid)
+    parts = [own, *(regrid(v, c, cell, grid) for c, v in r.biases.items())]
+    total = _total(image)
+    return Placed(_total_of(parts), cell, total if r.bias_total is None else total + r.bias_total)
+
+
+def _first_grid(r: Record) -> tuple[Cell, tuple[int, int]]:
+    """The grid of the first block's input; pixels where there is no block."""
+    if not r.anatomy.blocks:
+        return (1.0, 1.0), r.anatomy.image
+    layout = r.anatomy.stream[r.anatomy.blocks[0].input]
+    return layout.cell, layout.grid
+
+
+# --------------------------------------------------------------------------- blocks
+
+
+def _products(r: Record, node: str) -> Tensor:
+    """sum_c h dL/dh, (B, tokens)."""
+    return (r.values[node] * r.gradients[node]).sum(-1)
+
+
+def embedding_x_gradient(r: Record) -> Placed:
+    """Input x gradient at the first block's input."""
+    return _at(r, r.anatomy.blocks[0])
+
+
+def hirescam(r: Record) -> Placed:
+    """Input x gradient at the last block's input."""
+    return _at(r, r.anatomy.blocks[-1])
+
+
+def _at(r: Record, block: Block) -> Placed:
+    products = _products(r, block.input)
+    cell, canvas = r.on_canvas(block.input, products)
+    return Placed(canvas, cell, _total(products))
+
+
+def fullgrad_plus(r: Record) -> Placed:
+    """Input x gradient summed over the inputs of all blocks, and all bias maps."""
+    blocks = [r.on_canvas(b.input, _products(r, b.input)) for b in r.anatomy.blocks]
+    return _sum(r, [*blocks, *r.biases.items()])
+
+
+def _gradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
+    h, g = r.values[block.input], r.gradients[block.input]
+    return r.on_canvas(block.input, (h * g.mean(1, keepdim=True)).sum(-1))
+
+
+def _xgradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
+    h, g = r.values[block.input], r.gradients[block.input]
+    size = h.abs()
+    weights = (g * size).sum(1, keepdim=True) / size.sum(1, keepdim=True).clamp(min=_TINY)
+    return r.on_canvas(block.input, (h * weights).sum(-1))
+
+
+def gradcam_plus(r: Record) -> Placed:
+    """sum over blocks and channels of h mean_tokens(dL/dh)."""
+    return _sum(r, (_gradcam(r, b) for b in r.anatomy.blocks))
+
+
+def xgradcam_plus(r: Record) -> Placed:
+    """sum over blocks and channels of h sum_tokens(|h| dL/dh) / sum_tokens |h|."""
+    return _sum(r, (_xgradcam(r, b) for b in r.anatomy.blocks))
+
+
+# --------------------------------------------------------------------------- attention
+
+
+def _from_keys(site: Attention, per_key: Tensor) -> tuple[Cell, Tensor]:
+    """(B, windows, k) summed per key token, as its cell and (B, h, w)."""
+    tokens = scatter(per_key.flatten(1), site.keys.flatten(), site.key_tokens)
+    return site.key_layout.cell, site.key_canvas(tokens)
+
+
+def attcat(r: Record) -> Placed:
+    """sum over blocks of mean_{heads, queries}(A) times input x gradient at the block's output."""
+    parts = []
+    for w in r.attention:
+        if w.site.step is None:
+            continue
+        block = next(b for b in r.anatomy.blocks if r.anatomy.steps[w.site.step] in b.steps)
+        received = w.map.mean(2).mean(2)  # (B, windows, keys)
+        cell, weight = _from_keys(w.site, received)
+        own, product = r.on_canvas(block.output, _products(r, block.output))
+        grid = int(product.shape[1]), int(product.shape[2])
+        parts.append((own, regrid(weight, cell, own, grid) * product))
+    return _sum(r, parts)
+
+
+def legrad(r: Record) -> Placed:
+    """sum over layers of mean_{heads, queries} max(dL_l/dA_l, 0), L_l the head on layer l."""
+    return _sum(r, (_from_keys(w.site, w.gradient.relu().mean(2).mean(2)) for w in r.layers))
+
+
+def _readout(r: Record) -> Tensor:
+    """Which tokens of the stream's end the output reads, (B, n): where its gradient arrives,
+    each of them alike: the class token, or all where they are averaged."""
+    reads = (r.gradients[r.anatomy.tail] != 0).any(-1).to(r.image.dtype)
+    return reads / reads.sum(1, keepdim=True).clamp(min=1)
+
+
+Mix = Callable[[Weights], Tensor]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Relevance of tokens, (B, n), and how they lie in the image."""
+
+    tokens: Tensor
+    layout: Layout
+
+    def onto(self, layout: Layout, count: int) -> Tensor:
+        """The row over `count` tokens of another stage: a larger cell's share is spread evenly."""
+        if self.tokens.shape[1] == count:
+            return self.tokens
+        canvas = self.tokens.unflatten(1, self.layout.canvas)
+        return regrid(canvas, self.layout.cell, layout.cell, layout.canvas).flatten(1)
+
+
+def _step(row: Tensor, w: Weights, mix: Mix) -> Tensor:
+    """row M, with M of shape (B, windows, q, k): (B, query tokens) -> (B, key tokens)."""
+    moved = torch.einsum("bwq,bwqk->bwk", _at_tokens(row, w.site.queries), mix(w).to(row))
+    return scatter(moved.flatten(1), w.site.keys.flatten(), w.site.key_tokens)
+
+
+def _at_tokens(row: Tensor, index: Tensor) -> Tensor:
+    """(B, n) at `index` (windows, k); a window's padding reads nothing."""
+    padded = F.pad(row, (0, 1))
+    return padded[:, index.to(row.device).remainder(padded.shape[1])]
+
+
+def _residual(row: Tensor, w: Weights, mix: Mix) -> Tensor:
+    """row (I + M)."""
+    site, moved = w.site, _step(row, w, mix)
+    return row + _Row(moved, site.key_layout).onto(site.query_layout, site.query_tokens)
+
+
+def _even(r: Record, site: Attention) -> Tensor:
+    """All queries of a pooling attention alike."""
+    return r.image.new_full((r.image.shape[0], site.query_tokens), 1 / site.query_tokens)
+
+
+def _start(r: Record, mix: Mix) -> _Row:
+    """The row to start from: of the head's own attention, where it pools by one, or `_readout`."""
+    pooling = [w for w in r.attention if w.site.step is None]
+    if pooling:
+        w = pooling[-1]
+        return _Row(_step(_even(r, w.site), w, mix), w.site.key_layout)
+    return _Row(_readout(r), r.anatomy.stream[r.anatomy.tail])
+
+
+def _carried(r: Record, mix: Mix, factor: float = 1.0) -> Placed:
+    """A row of relevance, carried from the output down through (I + M) of every attention."""
+    row = _start(r, mix)
+    for w in reversed([w for w in r.attention if w.site.step is not None]):
+        site = w.site
+        tokens = row.onto(site.query_layout, site.query_tokens)
+        row = _Row(factor * _residual(tokens, w, mix), site.query_layout)
+        last = site
+    return Placed(last.query_canvas(row.tokens), last.query_layout.cell)
+
+
+def _mean(w: Weights) -> Tensor:
+    return w.map.mean(2)
+
+
+def _relevance(w: Weights) -> Tensor:
+    """mean_heads max(A dL/dA, 0)."""
+    return (w.map * w.gradient).relu().mean(2)
+
+
+def raw_attention(r: Record) -> Placed:
+    """The last attention, averaged over heads, at the row that the output reads."""
+    w = r.attention[-1]
+    if w.site.step is None:
+        row = _even(r, w.site)
+    else:
+        row = _start(r, _mean).onto(w.site.query_layout, w.site.query_tokens)
+    return Placed(w.site.key_canvas(_step(row, w, _mean)), w.site.key_layout.cell)
+
+
+def rollout(r: Record) -> Placed:
+    """The product over layers of (I + mean_heads A) / 2, at the row that the output reads."""
+    return _carried(r, _mean, 0.5)
+
+
+def genatt(r: Record) -> Placed:
+    """The product over layers of I + mean_heads max(A dL/dA, 0), at the row the output reads."""
+    return _carried(r, _relevance)
+
+
+# --------------------------------------------------------------------------- TokenTM
+
+
+def _norm(tokens: Tensor) -> Tensor:
+    return tokens.norm(dim=-1)
+
+
+def _transformation(before: Tensor, after: Tensor) -> Tensor:
+    """|E'| / |E| times the softmax over tokens of cos(E, E'), (B, n)."""
+    coherence = F.cosine_similarity(before, after, dim=-1).softmax(-1)
+    return _norm(after) / _norm(before).clamp(min=_TINY) * coherence
+
+
+def tokentm(r: Record) -> Placed:
+    """Relevance through attention and MLPs, weighted by how tokens change in length and angle."""
+    row = _start(r, _relevance)
+    attention = {w.site.step: w for w in r.attention if w.site.step is not None}
+    for number, step in reversed(list(enumerate(r.anatomy.steps))):
+        before, after = r.values[step.before], r.values[step.after]
+        change = _transformation(before, after)
+        layout = r.anatomy.stream[step.before]
+        tokens = row.onto(layout, change.shape[1])
+        if number in attention:
+            tokens = _residual(tokens, attention[number], partial(_transformed, change))
+        else:
+            tokens = tokens * (1 + change)
+        row = _Row(tokens, layout)
+    start = r.values[r.anatomy.steps[0].before]
+    return Placed(row.layout.on_canvas(row.tokens * _norm(start)), row.layout.cell)
+
+
+def _transformed(change: Tensor, w: Weights) -> Tensor:
+    """(mean_heads A W) mean_heads max(dL/dA, 0), W the change of the token that is read."""
+    read = _at_tokens(change, w.site.keys)
+    return w.map.mean(2) * read[:, :, None] * w.gradient.relu().mean(2)
+
+
+# --------------------------------------------------------------------------- the table
+
+_IMAGE, _BLOCKS, _BIASES = Need.IMAGE, Need.BLOCKS, Need.BIASES
+_ATTENTION, _GRADIENT, _LAYERS = Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS
+_ROWS: tuple[tuple[str, str, Callable[[Record], Placed] | None, set[Need]], ...] = (
+    ("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, {_IMAGE}),
+    ("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, {_BLOCKS}),
+    ("fullgrad", "Srinivas & Fleuret, NeurIPS 2019", fullgrad, {_IMAGE, _BIASES}),
+    ("fullgrad+", "LibraGrad, CVPR 2025", fullgrad_plus, {_BLOCKS, _BIASES}),
+    ("gradcam+", "Selvaraju et al. 2017; LibraGrad", gradcam_plus, {_BLOCKS}),
+    ("hirescam", "Draelos & Carin 2020", hirescam, {_BLOCKS}),
+    ("xgradcam+", "Fu et al. 2020; LibraGrad", xgradcam_plus, {_BLOCKS}),
+    ("attcat", "Qiang et al., NeurIPS 2022", attcat, {_BLOCKS, _ATTENTION}),
+    ("genatt", "Chefer et al., ICCV 2021", genatt, {_GRADIENT}),
+    ("tokentm", "Wu et al., CVPR 2024", tokentm, {_BLOCKS, _GRADIENT}),
+    ("legrad", "Bousselham et al. 2024", legrad, {_LAYERS}),
+    ("raw-attention", "", raw_attention, {_ATTENTION}),
+    ("rollout", "Abnar & Zuidema 2020", rollout, {_ATTENTION}),
+    ("random", "", None, set()),
+    ("integrated-gradients", "Sundararajan et al. 2017", None, set()),
+    ("smoothgrad", "Smilkov et al. 2017", None, set()),
+)
+METHODS: Mapping[str, Method] = {
+    name: Method(name, source, function, frozenset(needs))
+    for name, source, function, needs in _ROWS
+}

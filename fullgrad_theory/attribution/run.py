@@ -1,0 +1,316 @@
+"""One forward and one backward that gather all that the asked methods read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..balance import Balanced
+from ..bias import named
+from ..degrees import Degrees
+from ..errors import InputError
+from ..fullgrad import Run, finite_products, original_args
+from ..operators import Algebra
+from ..operators.base import bias_operands
+from .anatomy import Anatomy, Attention
+from .layout import Cell
+
+Target = int | Sequence[int] | Tensor | None
+
+
+class Need(StrEnum):
+    """What a method reads of a pass."""
+
+    IMAGE = "the image's gradient"
+    BLOCKS = "blocks"
+    ATTENTION = "attention"
+    ATTENTION_GRADIENT = "the gradient of attention"
+    LAYERS = "the output as each layer would have it"
+    BIASES = "biases"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An attention: its `map` A and, where asked for, `gradient` dL/dA = g v^T, of shape
+    (batch, windows, heads, queries, keys)."""
+
+    site: Attention
+    map: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass gathered. `values`, `gradients`: stream node -> (batch, tokens, channels).
+
+    `layers`: attention with the gradient of the output that the head makes of that very layer.
+    `biases`: cell -> what the biases contribute there, (batch, *canvas); `bias_total`: (batch,).
+    """
+
+    anatomy: Anatomy
+    image: Tensor
+    image_gradient: Tensor
+    output: Tensor
+    target: Tensor | None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    attention: tuple[Weights, ...] = ()
+    layers: tuple[Weights, ...] = ()
+    biases: Mapping[Cell, Tensor] = field(default_factory=dict)
+    bias_total: Tensor | None = None
+
+    def on_canvas(self, node: str, tokens: Tensor) -> tuple[Cell, Tensor]:
+        """One number a token of a stream node, (batch, tokens), as its cell and (batch, h, w)."""
+        layout = self.anatomy.stream[node]
+        return layout.cell, layout.on_canvas(tokens)
+
+
+def gather(
+    balanced: Balanced,
+    labels: Degrees,
+    anatomy: Anatomy,
+    image: Tensor,
+    target: Target,
+    needs: Collection[Need],
+) -> Record:
+    """One forward and one backward of a balanced model for images of shape (B, C, H, W).
+
+    Attention's gradient is taken at the product of weights and values, so that it is there where a
+    policy prunes the weights and where the kernel is fused; the forward is not touched.
+    """
+    wants_attention = {Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS} & set(needs)
+    sites = anatomy.attention if wants_attention else ()
+    stream = anatomy.stream if {Need.BLOCKS, *wants_attention} & set(needs) else {}
+    run = _Gathering(balanced, labels, anatomy, {*stream}, sites, Need.BIASES in needs)
+    run.garbage_collect_values = Need.LAYERS not in needs  # the head is run again
+    with torch.enable_grad():
+        flat = pytree.tree_leaves(run.run(image, enable_io_processing=False))
+        output = next(t for t in flat if isinstance(t, Tensor))
+        index = targets(output, target)
+        chosen = choose(output, index)
+        layers = tuple(_layers(run, sites, index)) if Need.LAYERS in needs else ()
+        given = run.sources | {n: run.kept[n] for n in (*stream, *(s.node for s in sites))}
+        asked = {n: t for n, t in given.items() if t.requires_grad}
+        with run.listening():
+            found = torch.autograd.grad(chosen.sum(), [*asked.values()], allow_unused=True)
+    grads = dict(zip(asked, found, strict=True))
+    grads = {
+        n: torch.zeros_like(t) if grads.get(n) is None else grads[n].detach()
+        for n, t in given.items()
+    }
+    source = next(iter(run.sources))
+    return Record(
+        anatomy,
+        run.sources[source].detach(),
+        grads[source],
+        chosen.detach(),
+        index,
+        {n: layout.tokens(run.kept[n].detach()) for n, layout in stream.items()},
+        {n: layout.tokens(grads[n]) for n, layout in stream.items()},
+        tuple(run.weights(s, grads[s.node]) for s in sites),
+        layers,
+        run.biases,
+        run.bias_total,
+    )
+
+
+def counted(labels: Degrees) -> Degrees:
+    """The labels with the biases of norms that a policy leaves as they are.
+
+    Completeness does not know them as leaves: the norm breaks it before. FullGrad counts every
+    bias by its gradient, whether or not the sum is the output.
+    """
+    norms = {
+        name: ("bias",)
+        for name, call in labels.live.calls.items()
+        if call.operator.algebra is Algebra.NORMALISER and bias_operands(call) == ("bias",)
+    }
+    return replace(labels, biases=norms | dict(labels.biases))
+
+
+def targets(output: Tensor, target: Target) -> Tensor | None:
+    """The target of each sample, (B,); None where the output is one value a sample, (B,)."""
+    if output.dim() == 1 and target is None:
+        return None
+    if output.dim() != 2:
+        raise InputError(
+            f"attribution is of one class of an output of shape (batch, classes); this output has "
+            f"shape {tuple(output.shape)}"
+            + ("; leave the target out" if output.dim() == 1 else "; wrap the model to pick one")
+        )
+    batch, classes = output.shape
+    if target is None:
+        return output.detach().argmax(1)
+    index = torch.as_tensor(target, device=output.device)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise InputError(f"a target is a whole number, not {index.dtype}")
+    if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != batch):
+        raise InputError(
+            f"target has shape {tuple(index.shape)}: one index for all, or one for each of the "
+            f"{batch} samples"
+        )
+    if bool(((index < -classes) | (index >= classes)).any()):
+        raise InputError(f"target {target} is out of range for {classes} classes")
+    return index.long().expand(batch).remainder(classes)
+
+
+def choose(output: Tensor, index: Tensor | None) -> Tensor:
+    """The target's value, (B,)."""
+    return output if index is None else output.gather(1, index[:, None])[:, 0]
+
+
+class _Gathering(Run):
+    """Keeps values of the stream and operands of attention; sums up what biases contribute."""
+
+    def __init__(
+        self,
+        balanced: Balanced,
+        labels: Degrees,
+        anatomy: Anatomy,
+        stream: Collection[str],
+        sites: Sequence[Attention],
+        biases: bool,
+    ) -> None:
+        graph = anatomy.graph
+        super().__init__(balanced.fx, graph, labels, self._on_bias)
+        self.anatomy, self.with_biases = anatomy, biases
+        self.stream, self.sites = stream, {s.node: s for s in sites}
+        self.kept: dict[str, Tensor] = {}
+        self.operands: dict[str, dict[str, Any]] = {}
+        self.biases: dict[Cell, Tensor] = {}
+        self.bias_total: Tensor | None = None
+        self._heard = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.stream or n.name in self.sites:
+            self.kept[n.name] = value
+        if n.name in self.sites:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self.operands[n.name] = self.bound(n, args, kwargs)
+        return value
+
+    def bound(self, n: fx.Node, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Arguments by the names that the unedited operation gives them, detached."""
+        given = named(self.original[n.name].target, original_args(n, args), kwargs)
+        return pytree.tree_map_only(Tensor, Tensor.detach, given)
+
+    def _watch(self, n: fx.Node, args: Any, kwargs: Any, value: Any) -> None:
+        if self.with_biases:
+            super()._watch(n, args, kwargs, value)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Biases are counted in this backward alone."""
+        self._heard = True
+        try:
+            yield
+        finally:
+            self._heard = False
+
+    def _on_bias(self, key: str, g: Tensor, added: Tensor) -> None:
+        if not self._heard:
+            return
+        name, _, index = key.partition("[")
+        layout = self.anatomy.layout(name, int(index[:-1]) if index else 0)
+        products = finite_products(g, added)
+        total = layout.split(products).flatten(1).sum(1, dtype=torch.float64)
+        self.bias_total = total if self.bias_total is None else self.bias_total + total
+        if layout.placed:
+            placed = layout.place(products)
+            known = self.biases.get(layout.cell)
+            self.biases[layout.cell] = placed if known is None else known + placed
+
+    def weights(
+        self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None
+    ) -> Weights:
+        """An attention's map, recomputed where it is fused, and its gradient g v^T."""
+        given = self.operands[site.node] if operands is None else operands
+        if site.fused:
+            attention, values = _softmax(given), given["value"]
+        else:
+            attention, values = list(given.values())[:2]
+        if values.dim() > 2 and values.shape[-3] != g.shape[-3]:  # grouped or shared heads
+            values = values.repeat_interleave(g.shape[-3] // values.shape[-3], -3)
+        gradient = g.to(attention) @ values.to(attention).mT
+        return Weights(site, _by_window(site, attention), _by_window(site, gradient))
+
+
+def _by_window(site: Attention, weights: Tensor) -> Tensor:
+    """(..., q, k), heads and windows folded in any way -> (batch, windows, heads, q, k)."""
+    slots, windows = site.slots.numel(), site.keys.shape[0]
+    split = site.query_layout.split(weights)
+    flat = split.reshape(-1, slots, *weights.shape[-2:])
+    return flat[:, site.slots.to(flat.device)].unflatten(1, (windows, slots // windows))
+
+
+def _softmax(given: Mapping[str, Any]) -> Tensor:
+    """softmax(q k^T scale + mask), in float32 or wider, beside the fused kernel."""
+    query, key, mask = given["query"], given["key"], given.get("attn_mask")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(wide), key.to(wide)
+    if query.dim() > 2 and key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scale = given.get("scale")
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if given.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return cast(Tensor, torch.ops.aten._safe_softmax.default(scores, -1))
+
+
+def _layers(run: _Gathering, sites: Sequence[Attention], index: Tensor | None) -> Iterator[Weights]:
+    """Per layer, the head's output for it, and that output's gradient at the layer's attention.
+
+    Where the head pools by an attention of its own, its map is taken, as LeGrad has it. Each is
+    differentiated from the head down to that attention only: together, about one backward.
+    """
+    anatomy = run.anatomy
+    nodes = list(run.graph.nodes)
+    places = {n.name: i for i, n in enumerate(nodes)}
+    last = nodes[places[anatomy.tail]]
+    pooling = [s for s in sites if s.step is None and places[s.node] > places[last.name]]
+    inner = [s for s in sites if s.step is not None]
+    for block in anatomy.blocks:
+        own = [s for s in inner if anatomy.steps[s.step] in block.steps]  # type: ignore[index]
+        state = run.kept[block.output]
+        if state.shape != run.kept[anatomy.tail].shape or not (own or pooling):
+            continue  # an earlier stage, which the head does not fit
+        values, output = _head(run, nodes[places[last.name] + 1 :], last, state)
+        read = [values[s.node] for s in pooling] or [run.kept[s.node] for s in own]
+        score = choose(output, index).sum()
+        grads = torch.autograd.grad(score, read, retain_graph=True, allow_unused=True)
+        for site, value, g in zip(pooling or own, read, grads, strict=True):
+            g = torch.zeros_like(value) if g is None else g.detach()
+            operands = values[f"{site.node}:operands"] if pooling else None
+            yield run.weights(site, g, operands)
+
+
+def _head(
+    run: _Gathering, nodes: Sequence[fx.Node], last: fx.Node, state: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """Run what reads the stream's last value again, on another one."""
+    values: dict[fx.Node, Any] = {last: state}
+    kept: dict[str, Any] = {}
+    for n in nodes:
+        if n.op == "output":
+            flat = pytree.tree_leaves(fx.map_arg(n.args, lambda a: values.get(a, run.env.get(a))))
+            return kept, next(t for t in flat if isinstance(t, Tensor))
+        if n.op != "call_function" or not any(a in values for a in n.all_input_nodes):
+            continue
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: values.get(a, run.env[a]))
+        values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+        kept[n.name] = values[n]
+        if n.name in run.sites:
+            kept[f"{n.name}:operands"] = run.bound(n, args, kwargs)
+    raise AssertionError("a graph ends with its output")

@@ -1,0 +1,220 @@
+"""Real data from a local path, in the layout it is distributed in. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
+
+from ..errors import InputError
+from .sample import Sample
+from .transform import Transform, apply
+
+Masks = dict[int, NDArray[np.bool_]]
+
+
+def _need(path: str | Path, what: str, folder: bool = True) -> Path:
+    path = Path(path)
+    if not (path.is_dir() if folder else path.is_file()):
+        kind = "folder" if folder else "file"
+        raise InputError(f"{what}: there is no {kind} {path}; nothing is downloaded, name yours")
+    return path
+
+
+def _sample(
+    file: Path, label: int, masks: Masks, transform: Transform | None, known: bool = True
+) -> Sample:
+    """`known`: whether an object without a mask is nowhere, rather than anywhere."""
+    with Image.open(_need(file, "the data set names an image that is missing", False)) as opened:
+        picture = opened.convert("RGB")
+    if known and label not in masks:
+        masks = masks | {label: np.zeros(picture.size[::-1], bool)}
+    image, moved = apply(picture, masks, transform)
+    return Sample(image, label, moved.pop(label, None), moved)
+
+
+def _numbers(classes: Sequence[str] | None, folders: Sequence[str], what: str) -> dict[str, int]:
+    """Folder -> label: its place in `classes`, which is the model's order."""
+    order = list(folders if classes is None else classes)
+    lost = sorted(set(folders) - set(order))
+    if lost:
+        raise InputError(f"{what}: classes does not name the folders {', '.join(lost[:5])}")
+    return {name: order.index(name) for name in folders}
+
+
+class ImageFolder(Dataset[Sample]):
+    """`root`/class/picture, as ImageNet's validation set is kept; there are no masks.
+
+    `classes`: the folders' names in the order of the model's outputs, None for the alphabet's;
+    `transform`: as the model takes its images. Raises `InputError` for a path that is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        from torchvision.datasets import ImageFolder as Folder
+
+        root = _need(root, "image folder")
+        try:
+            found = Folder(root)
+        except FileNotFoundError as error:
+            raise InputError(f"image folder: {root} holds no class/picture: {error}") from error
+        self.transform = transform
+        self.classes = tuple(found.classes if classes is None else classes)
+        numbers = _numbers(classes, found.classes, "image folder")
+        self.files = [(Path(path), numbers[found.classes[i]]) for path, i in found.samples]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        return _sample(*self.files[index], {}, self.transform, known=False)
+
+
+class OxfordPets(Dataset[Sample]):
+    """Oxford-IIIT Pet: `root`/oxford-iiit-pet/{images,annotations}, 37 breeds, trimaps as masks.
+
+    The mask is the trimap's foreground; its unclassified border counts as background. `split`:
+    "test" or "trainval". Raises `InputError` for a path that is missing.
+    """
+
+    def __init__(
+        self, root: str | Path, transform: Transform | None = None, split: str = "test"
+    ) -> None:
+        from torchvision.datasets import OxfordIIITPet
+
+        base = Path(root) / "oxford-iiit-pet"
+        _need(base / "images", "Oxford-IIIT Pet")
+        _need(base / "annotations" / f"{split}.txt", "Oxford-IIIT Pet", folder=False)
+        self.transform = transform
+        self.pets = OxfordIIITPet(root, split, ("category", "segmentation"))
+        self.classes = tuple(self.pets.classes)
+
+    def __len__(self) -> int:
+        return len(self.pets)
+
+    def __getitem__(self, index: int) -> Sample:
+        picture, (label, trimap) = self.pets[index]
+        mask = np.array(trimap) == 1
+        image, moved = apply(picture, {label: mask}, self.transform)
+        return Sample(image, label, moved[label])
+
+
+class ImageNetS(Dataset[Sample]):
+    """ImageNet-S: `root`/{split}/wnid/*.JPEG and `root`/{split}-segmentation/wnid/*.png.
+
+    A segmentation's red + 256 green is the category, 1 for the first folder of the alphabet; 0 is
+    background, 1000 unclassified. `classes`: the WordNet ids in the order of the model's outputs,
+    None for ImageNet-1k's. Raises `InputError` for a path that is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform | None = None,
+        split: str = "validation",
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        from timm.data import ImageNetInfo
+
+        images = _need(Path(root) / split, "ImageNet-S")
+        segmentations = _need(Path(root) / f"{split}-segmentation", "ImageNet-S")
+        self.transform = transform
+        self.classes = tuple(
+            ImageNetInfo("imagenet-1k").label_names() if classes is None else classes
+        )
+        folders = sorted(p.name for p in images.iterdir() if p.is_dir())
+        numbers = _numbers(self.classes, folders, "ImageNet-S")
+        self.label_of = {i + 1: numbers[name] for i, name in enumerate(folders)}
+        self.files = [
+            (image, image_mask, numbers[image.parent.name])
+            for image_mask in sorted(segmentations.glob("*/*.png"))
+            for image in [images / image_mask.parent.name / f"{image_mask.stem}.JPEG"]
+        ]
+        if not self.files:
+            raise InputError(f"ImageNet-S: {segmentations} holds no wnid/*.png")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, segmentation, label = self.files[index]
+        with Image.open(segmentation) as opened:
+            pixels = np.array(opened.convert("RGB")).astype(np.int64)
+        category = pixels[..., 0] + 256 * pixels[..., 1]
+        present = [int(c) for c in np.unique(category) if int(c) in self.label_of]
+        masks = {self.label_of[c]: category == c for c in present}
+        return _sample(image, label, masks, self.transform)
+
+
+class Coco(Dataset[Sample]):
+    """COCO: a folder of images and an `instances_*.json`. Every image with an object is a sample.
+
+    The label is the category that covers most of the image, by its position among the sorted
+    category ids; `others` holds the rest. Crowd regions count as their category. `captions`: a
+    `captions_*.json`, whose first caption of an image is kept. Raises `InputError` for a path that
+    is missing.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        instances: str | Path,
+        transform: Transform | None = None,
+        captions: str | Path | None = None,
+    ) -> None:
+        self.images, self.transform = _need(images, "COCO"), transform
+        read = json.loads(_need(instances, "COCO", folder=False).read_text())
+        kinds = sorted(read["categories"], key=lambda kind: kind["id"])
+        self.classes = tuple(kind["name"] for kind in kinds)
+        self.label_of = {kind["id"]: i for i, kind in enumerate(kinds)}
+        self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for found in read["annotations"]:
+            self.objects[found["image_id"]].append(found)
+        self.entries = [entry for entry in read["images"] if entry["id"] in self.objects]
+        self.said: dict[int, str] = {}
+        if captions is not None:
+            text = json.loads(_need(captions, "COCO", folder=False).read_text())
+            for note in text["annotations"]:
+                self.said.setdefault(note["image_id"], note["caption"])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.entries[index]
+        size = entry["height"], entry["width"]
+        masks: Masks = {}
+        for found in self.objects[entry["id"]]:
+            label = self.label_of[found["category_id"]]
+            mask = _outline(found["segmentation"], size)
+            masks[label] = masks[label] | mask if label in masks else mask
+        label = max(masks, key=lambda key: int(masks[key].sum()))
+        sample = _sample(self.images / entry["file_name"], label, masks, self.transform)
+        return replace(sample, caption=self.said.get(entry["id"]))
+
+
+def _outline(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """(H, W) bool from polygons [[x, y, x, y, ...], ...] or from counts of an uncompressed run."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        if isinstance(counts, str):
+            raise InputError("COCO: a compressed run; decode it with pycocotools, or use polygons")
+        values = np.arange(len(counts)) % 2 == 1  # runs of outside and inside, column by column
+        return np.repeat(values, counts).reshape(size[::-1]).T
+    canvas = Image.new("1", size[::-1])
+    draw = ImageDraw.Draw(canvas)
+    for polygon in segmentation:
+        draw.polygon(polygon, fill=1)
+    return np.array(canvas, bool)

@@ -1,0 +1,471 @@
+"""Evaluation: rows, costs, resuming, several processes, intervals."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fullgrad_theory import evaluate as room
+from fullgrad_theory.errors import FullgradError, InputError, UnknownNameError
+from fullgrad_theory.evaluate import Interval, Results, Row, evaluate
+from fullgrad_theory.metrics import METRICS, Deletion, srg
+
+METHODS = ("fullgrad+", "gradcam+", "random")
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Tensor
+    label: int
+    mask: Tensor | None
+
+
+def samples(count: int = 5, size: int = 32) -> list[Sample]:
+    """Noise with a bright square, which is the object; the second has no mask."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for index in range(count):
+        image = torch.randn((3, size, size), generator=generator)
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        mask[4 * index : 4 * index + 10, 5:17] = True
+        image[:, mask] += 1.0
+        made.append(Sample(image, index % 3, None if index == 1 else mask))
+    return made
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width))
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(self.norm1(x)).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Vit(nn.Module):
+    """A ViT of 4 x 4 patches, written here: importing timm takes seconds in every process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 24, 8, 8)
+        self.cls, self.places = nn.Parameter(torch.randn(24)), nn.Parameter(torch.randn(16, 24))
+        self.blocks = nn.ModuleList(Block(24, 2) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).mT + self.places
+        tokens = torch.cat([self.cls.expand(len(x), 1, -1), tokens], 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens[:, 0]))
+
+
+class Counting(nn.Module):
+    """A small ViT that counts the images it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = Vit()
+        self.seen: list[int] = []
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return self.vit(x)
+
+
+@dataclass(frozen=True)
+class Found:
+    values: Tensor
+    output: Tensor
+    total: Tensor | None
+
+    def tokens(self, grid: tuple[int, int]) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(self.values[:, None], grid)[:, 0]
+
+
+class Simple:
+    """Input x gradient and random, written for these tests; counts its calls."""
+
+    calls = 0
+
+    def __init__(self, model: nn.Module, example: Tensor, policy: object) -> None:
+        self.model, self.sign = model.vit, 1 if policy == "libra" else -1
+
+    def __call__(
+        self, x: Tensor, methods: Sequence[str], target: Tensor, *, seed: int = 0
+    ) -> dict[str, Found]:
+        Simple.calls += 1
+        x = x.clone().requires_grad_()
+        output = self.model(x).gather(1, target[:, None])[:, 0]
+        parts = x * torch.autograd.grad(output.sum(), x)[0]
+        draws = [torch.Generator().manual_seed(seed + i) for i in range(len(x))]
+        noise = torch.stack([torch.randn(x.shape[2:], generator=g) for g in draws])
+        found = {
+            "ixg": Found(
+                self.sign * parts.sum(1).detach(),
+                output.detach(),
+                parts.detach().flatten(1).sum(1),
+            ),
+            "noise": Found(noise, output.detach(), None),
+        }
+        return {method: found[method] for method in methods}
+
+
+def simple(count: int = 5, **options: object) -> Results:
+    return evaluate(
+        options.pop("model", None) or Counting(),
+        options.pop("samples", None) or samples(count),
+        ("ixg", "noise"),
+        explainer=Simple,
+        batch_size=options.pop("batch_size", 2),
+        **options,
+    )
+
+
+# ----------------------------------------------------------- rows
+
+
+def test_one_row_an_image_method_policy_and_metric() -> None:
+    results = simple()
+    assert len(results) == 5 * 2 * 2 * len(METRICS)
+    keys = [(r.image, r.method, r.policy, r.metric) for r in results]
+    assert len(set(keys)) == len(keys)
+    assert results.methods == ("ixg", "noise") and results.policies == ("plain", "libra")
+    assert results.metrics == tuple(METRICS)
+    assert results.settings["removal"].startswith("tokens of removed patches are dropped")
+    missing = {(r.image, r.method, r.metric) for r in results if math.isnan(r.value)}
+    no_total = {
+        (i, "noise", name) for i in range(5) for name, m in METRICS.items() if m.needs == "total"
+    }
+    no_mask = {
+        (1, method, name)
+        for method in results.methods
+        for name, m in METRICS.items()
+        if m.needs == "masks"
+    }
+    assert missing == no_total | no_mask
+
+
+def test_every_value_is_that_of_its_metric() -> None:
+    """One image, one method and one policy at a time, without evaluate()."""
+    model, given = Counting(), samples()
+    results = simple(target="label", model=model, samples=given)
+    deletion = Deletion(model, given[0].image[None])
+    assert deletion.grid == (4, 4)
+    for policy in ("plain", "libra"):
+        explain = Simple(model, given[0].image, policy)
+        for index, sample in enumerate(given):
+            x, target = sample.image[None], torch.tensor([sample.label])
+            found = explain(x, ("ixg", "noise"), target, seed=index)
+            for method, m in found.items():
+                curves = deletion.curves(x, {"a": m.tokens((4, 4))}, target)["a"]
+                for name, metric in METRICS.items():
+                    got = results.values(method, policy, name)[index]
+                    if metric.needs == "curves":
+                        want = float(metric.compute(curves)[0])
+                    elif metric.needs == "masks" and sample.mask is not None:
+                        want = float(metric.compute(m.values, sample.mask[None])[0])
+                    elif metric.needs == "total" and m.total is not None:
+                        want = float(metric.compute(m.output, m.total)[0])
+                    else:
+                        want = math.nan
+                    assert got == pytest.approx(want, rel=1e-3, abs=1e-5, nan_ok=True), name
+    assert [r.target for r in results] == [r.label for r in results]
+
+
+def test_the_prediction_is_the_target_by_default() -> None:
+    model, given = Counting(), samples()
+    predicted = [int(model.vit(s.image[None]).argmax()) for s in given]
+    rows = list(simple(model=model, samples=given, metrics="srg"))
+    assert [r.target for r in rows[:: len(rows) // 5]] == predicted
+    assert {r.label for r in rows} == {0, 1, 2}
+
+
+def test_batches_change_nothing_but_rounding() -> None:
+    one, many = simple(batch_size=1, forward_batch=3), simple(batch_size=4)
+    for a, b in zip(one, many, strict=True):
+        assert a[:-1] == b[:-1]
+        assert a.value == pytest.approx(b.value, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+# ----------------------------------------------------------- cost
+
+
+def distinct(model: nn.Module, given: Sequence[Sample]) -> int:
+    """How many different images with patches removed there are, for all fractions and orders."""
+    kept = set()
+    for index, sample in enumerate(given):
+        x = sample.image[None]
+        target = model.vit(x).argmax(1)
+        for policy in ("plain", "libra"):
+            maps = Simple(model, x, policy)(x, ("ixg", "noise"), target, seed=index)
+            for found in maps.values():
+                cells = found.tokens((4, 4)).flatten().tolist()
+                ranked = sorted(range(16), key=lambda cell: -cells[cell])
+                for tenth in range(1, 10):
+                    gone = round(16 * tenth / 10)
+                    kept |= {(index, frozenset(ranked[gone:]))}
+                    kept |= {(index, frozenset(ranked[: 16 - gone]))}
+    return len(kept)
+
+
+def test_no_forward_more_than_the_metrics_need() -> None:
+    model = Counting()
+    given = samples()
+    Deletion(model, given[0].image[None])
+    trial = sum(model.seen)
+    model.seen.clear()
+    Simple.calls = 0
+    simple(model=model, samples=given)
+    assert Simple.calls == 3 * 2  # batches x policies
+    assert sum(model.seen) - trial == 5 + distinct(model, given) <= 5 * (1 + 4 * 2 * 9)
+    model.seen.clear()
+    simple(model=model, samples=given, metrics=("segmentation-ap", "pointing-game"))
+    assert sum(model.seen) - trial == 5  # no metric reads curves
+
+
+# ----------------------------------------------------------- resuming
+
+
+def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole = simple()
+    model = Counting()
+    given = samples()
+
+    class Breaks:
+        """Samples of which the fourth cannot be read."""
+
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: int) -> Sample:
+            if index == 3:
+                raise OSError("the disk is gone")
+            return given[index]
+
+    with pytest.raises(OSError, match="disk is gone"):
+        simple(model=model, samples=Breaks(), folder=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["batch-00000000.json", "settings.json"]
+    Simple.calls = 0
+    resumed = simple(model=model, folder=tmp_path)
+    assert Simple.calls == 2 * 2  # two of three batches, two policies
+    assert_same(resumed, whole)
+    Simple.calls = 0
+    assert_same(simple(folder=tmp_path), whole)
+    assert Simple.calls == 0
+
+
+def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
+    simple(folder=tmp_path, metrics="srg")
+    with pytest.raises(InputError, match=r"differs in metrics, target"):
+        simple(folder=tmp_path, metrics="aopc", target="label")
+    other = Counting()
+    with torch.no_grad():
+        other.vit.head.bias.add_(1)
+    with pytest.raises(InputError, match=r"differs in model:"):
+        simple(folder=tmp_path, metrics="srg", model=other)
+
+
+def assert_same(a: Results, b: Results) -> None:
+    """Equal bit for bit, NaN included."""
+    assert [r[:-1] for r in a] == [r[:-1] for r in b]
+    np.testing.assert_array_equal(a.columns["value"], b.columns["value"])
+    assert a.settings == b.settings
+
+
+# ----------------------------------------------------------- several processes
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_evaluate as t
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+t.simple(folder=folder / "kept").save(folder / f"kept-{rank}.json")
+t.simple().save(folder / f"gone-{rank}.json")
+broken = t.samples()
+broken[2] = t.Sample(torch.zeros(3, 8, 8), 0, None)  # in the second batch: that of process 1
+try:
+    t.simple(samples=broken)
+except Exception as error:
+    (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_two_processes_have_the_numbers_of_one(tmp_path: Path) -> None:
+    """And where one of them fails, the other does not wait for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(root.parent), str(root)])
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *start, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = simple()
+    for rank in (0, 1):
+        assert_same(Results.load(tmp_path / f"kept-{rank}.json"), alone)
+        assert_same(Results.load(tmp_path / f"gone-{rank}.json"), alone)
+    assert len(list((tmp_path / "kept").glob("batch-*.json"))) == 3
+    Simple.calls = 0
+    assert_same(simple(folder=tmp_path / "kept"), alone)  # one process reads what two have written
+    assert Simple.calls == 0
+    assert (tmp_path / "error-1").read_text().startswith("RuntimeError: stack expects each tensor")
+    told = "FullgradError: process 1 of 2 failed: RuntimeError: stack expects each tensor"
+    assert (tmp_path / "error-0").read_text().startswith(told)
+
+
+# ----------------------------------------------------------- the library's own explainer
+
+
+def test_the_own_explainer_and_what_libra_does_to_completeness() -> None:
+    model, given = Counting().vit, samples(3)
+    results = evaluate(model, given, METHODS, batch_size=3)
+    assert len(results) == 3 * 3 * 2 * len(METRICS)
+    exact = evaluate(model.double(), given, "fullgrad", metrics="relative-completeness-error")
+    assert (exact.values("fullgrad", "libra", "relative-completeness-error") < 1e-10).all()
+    assert (exact.values("fullgrad", "plain", "relative-completeness-error") > 1e-2).all()
+    randoms = [results.values("random", policy, "srg") for policy in ("plain", "libra")]
+    np.testing.assert_array_equal(*randoms)
+
+
+def test_a_method_that_does_not_apply_leaves_no_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    with pytest.raises(InputError, match="methods that apply"):
+        evaluate(conv, samples(2), "raw-attention", folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# ----------------------------------------------------------- means and intervals
+
+
+def made(plain: Sequence[float], libra: Sequence[float]) -> Results:
+    rows = [
+        Row(i, 0, 0, "m", policy, "srg", value)
+        for policy, values in (("plain", plain), ("libra", libra))
+        for i, value in enumerate(values)
+    ]
+    return Results.of(rows)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        found = made(draw.exponential(2.0, 60), [0.0] * 60).mean("m", "plain", "srg", 0.9, 500)
+        covered += found.low <= 2.0 <= found.high
+    assert 0.84 <= covered / 200 <= 0.96
+
+
+def test_a_difference_is_paired() -> None:
+    """Images differ a lot, the policies little: only pairs can tell."""
+    draw = np.random.default_rng(1)
+    plain = draw.normal(0, 10, 50)
+    libra = plain + 0.1 + draw.normal(0, 0.05, 50)
+    results = made(plain.tolist(), libra.tolist())
+    gain = results.difference("m", "srg")
+    assert 0.05 < gain.low < gain.mean < gain.high < 0.15
+    assert gain.mean == pytest.approx(float((libra - plain).mean()))
+    normal = 1.96 * (libra - plain).std(ddof=1) / 50**0.5  # the textbook's, for many images
+    assert gain.high - gain.mean == pytest.approx(normal, rel=0.2)
+    apart = [results.mean("m", policy, "srg") for policy in ("plain", "libra")]
+    assert apart[0].high > apart[1].low
+    assert results.difference("m", "srg") == gain  # seeded
+
+
+def test_intervals_where_there_is_little_to_say() -> None:
+    nan = math.nan
+    results = made([1.0, nan, 3.0], [2.0, 2.0, 2.0])
+    assert results.mean("m", "plain", "srg").count == 2
+    assert results.mean("m", "libra", "srg") == Interval(2.0, 2.0, 2.0, 3)
+    one = made([1.0], [nan])
+    assert math.isnan(one.mean("m", "plain", "srg").low)
+    assert one.mean("m", "libra", "srg").count == 0
+    assert one.difference("m", "srg").count == 0
+    assert str(Interval(0.5, 0.25, 0.75, 9)) == "0.5 [0.25, 0.75]"
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.csv"])
+def test_results_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    results = made([0.1, math.nan, math.inf], [1 / 3, -math.inf, 1e-300])
+    results.save(tmp_path / name)
+    back = Results.load(tmp_path / name)
+    assert_same(back, results)
+    assert "NaN" not in (tmp_path / name).read_text()
+
+
+def test_files_that_hold_no_results_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.csv").write_text("image,value\n1,2\n")
+    for name in ("a.json", "b.csv"):
+        with pytest.raises(InputError, match="does not hold results"):
+            Results.load(tmp_path / name)
+    with pytest.raises(InputError, match=r"\.json or \.csv"):
+        made([1.0], [1.0]).save(tmp_path / "r.txt")
+
+
+def test_unknown_names_are_errors() -> None:
+    results = made([1.0], [1.0])
+    for given, kind in ((("n", "plain", "srg"), "method"), (("m", "libre", "srg"), "policy")):
+        with pytest.raises(UnknownNameError, match=kind):
+            results.values(*given)
+    with pytest.raises(UnknownNameError, match=r"unknown metric 'sgr'.*srg"):
+        simple(metrics=("sgr",))
+    with pytest.raises(InputError, match="no samples"):
+        evaluate(Counting(), [], "ixg")
+    with pytest.raises(InputError, match="each once"):
+        simple(policies=("plain", "plain"))
+    with pytest.raises(InputError, match="'prediction' or 'label'"):
+        simple(target="truth")
+    with pytest.raises(InputError, match="at least 1"):
+        simple(batch_size=0)
+
+
+def test_a_failure_is_told_to_the_others() -> None:
+    """The same, without processes: what another one reports is raised here."""
+
+    class Two:
+        count = 2
+
+        def from_all(self, value: tuple[object, str | None]) -> list[tuple[object, str | None]]:
+            return [value, (None, "OSError: no disk")]
+
+    with pytest.raises(FullgradError, match="process 1 of 2 failed: OSError: no disk"):
+        room._together(Two(), dict)
+    with pytest.raises(ZeroDivisionError):
+        room._together(Two(), lambda: 1 / 0)
+
+
+def test_srg_of_a_constant_map_is_reading_order() -> None:
+    """Ties are broken in reading order, the same in every run."""
+    model, given = Counting(), samples(1)
+    deletion = Deletion(model, given[0].image[None])
+    flat, falling = torch.zeros(1, 4, 4), -torch.arange(16.0).reshape(1, 4, 4)
+    curves = deletion.curves(given[0].image[None], {"flat": flat, "falling": falling}, 0)
+    assert torch.equal(srg(curves["flat"]), srg(curves["falling"]))

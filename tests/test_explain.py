@@ -1,0 +1,128 @@
+"""`fullgrad-theory explain`: a picture of maps, and what is refused at the door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fullgrad_theory import picture
+from fullgrad_theory.attribution import Explainer
+from fullgrad_theory.cli import app
+from fullgrad_theory.errors import InputError
+
+OWN = """
+import timm, torch
+
+def build():
+    torch.manual_seed(0)
+    return timm.models.VisionTransformer(
+        img_size=(32, 48), depth=1, embed_dim=16, num_heads=2, num_classes=5
+    )
+
+def mixer():
+    return timm.models.MlpMixer(img_size=32, num_blocks=1, embed_dim=16, num_classes=5)
+"""
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    picture_of = Image.new("RGB", (60, 40), (20, 120, 220))
+    picture_of.paste((220, 40, 30), (5, 5, 25, 30))
+    path = tmp_path / "scene.png"
+    picture_of.save(path)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["explain", *map(str, arguments)], env={"COLUMNS": "200"})
+    return done.exit_code, done.output
+
+
+def test_methods_and_policies_in_one_picture(image: Path) -> None:
+    methods = ("--method", "fullgrad", "--method", "genatt")
+    code, said = run(
+        image, "--model", "own.py:build", "--input", "1,3,32,48", *methods,
+        "--policy", "plain", "--policy", "libra", "--target", 3, "-o", "maps.png",
+    )  # fmt: skip
+    assert code == 0, said
+    assert "class 3, value" in said and "probability 0." in said
+    rows = {
+        tuple(line.split()[:2]): line.split()[-1] for line in said.splitlines() if " x " in line
+    }
+    assert set(rows) == {(m, p) for m in ("fullgrad", "genatt") for p in ("plain", "libra")}
+    assert float(rows["fullgrad", "libra"]) < 1e-4 < float(rows["fullgrad", "plain"])
+    assert rows["genatt", "libra"] == "-"
+    with Image.open("maps.png") as drawn:
+        assert drawn.width > drawn.height > 300
+        assert len(drawn.convert("RGB").getcolors(2**24) or []) > 1000  # not a blank sheet
+
+
+def test_a_timm_model(image: Path) -> None:
+    code, said = run(image, "--model", "test_vit", "-o", "maps.pdf")
+    assert code == 0, said
+    assert Path("maps.pdf").read_bytes().startswith(b"%PDF")
+    assert "fullgrad+" in said and "10 x 10" in said
+
+
+def test_the_picture_shows_what_the_maps_say(image: Path) -> None:
+    """Scales are symmetric about 0, and a map's cells cover the image that the model saw."""
+    from own import build  # type: ignore[import-not-found]
+
+    model = build().eval()
+    example = torch.zeros(1, 3, 32, 48)
+    seen = picture.see(picture.read(image), model, example)
+    assert seen.pixels.shape == example.shape and seen.shown.shape == (32, 48, 3)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close((seen.shown - mean) / deviation, seen.pixels[0].permute(1, 2, 0))
+    found = Explainer(model, example)(seen.pixels, "fullgrad+", 1)
+    figure = picture.draw(seen, {"fullgrad+": {"plain": found["fullgrad+"]}}, "title")
+    heat = figure.axes[1].images[0]
+    low, high = heat.get_clim()
+    assert high == -low == pytest.approx(float(found["fullgrad+"].values.abs().max()))
+    torch.testing.assert_close(torch.tensor(heat.get_array()), found["fullgrad+"].values[0])
+    assert heat.get_extent() == [0, 48, 32, 0]
+    assert figure.get_suptitle() == "title"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--method", "fulgrad"), 2, "did you mean fullgrad"),
+        (("--policy", "libre"), 2, "did you mean"),
+        (("--target", "5"), 2, "out of range for 5 classes"),
+        (("-o", "nowhere/maps.png"), 2, "does not exist"),
+        (("-o", "maps.txt"), 2, "name a file that ends in"),
+        (("--input", "1,1,32,48"), 2, "channels"),
+        (
+            ("--model", "own.py:mixer", "--input", "1,3,32,32", "--method", "genatt"),
+            2,
+            "that apply",
+        ),
+        (("--model", "vit_tinny_patch16_224"), 2, "did you mean"),
+    ],
+)
+def test_what_is_refused(image: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+    given = ("--model", "own.py:build", "--input", "1,3,32,48", "-o", "maps.png")
+    if "--input" in arguments:
+        given = (*given[:2], *given[4:])
+    found, said = run(image, *given, *arguments)
+    assert found == code
+    assert message in " ".join(said.replace("│", " ").split())
+    assert not Path("maps.png").exists()
+
+
+def test_an_unreadable_image_is_met_before_the_model_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "text.png"
+    path.write_text("not an image")
+    code, said = run(path, "--model", "no.such:model", "-o", tmp_path / "maps.png")
+    assert code == 2 and "is not an image that can be read" in " ".join(said.split())
+    with pytest.raises(InputError, match="can be read"):
+        picture.read(path)
+    code, said = run(tmp_path / "none.png", "--model", "test_vit", "-o", tmp_path / "maps.png")
+    assert code == 2 and "does not exist" in said
