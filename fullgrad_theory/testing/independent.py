@@ -505,6 +505,7 @@ def _nudged(bound: Bound, places: Sequence[Place], by: float = NUDGE) -> dict[in
     for place in places:
         value = bound.leaves[place.index]
         order = torch.arange(1, value.numel() + 1, dtype=torch.float64).reshape(value.shape)
+        order += 1.7 * place.index  # equal operands apart
         moved[place.index] = value * (1 + by * torch.cos(order))
     return moved
 
