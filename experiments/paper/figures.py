@@ -25,13 +25,23 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DOTS, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=DOTS, metadata={"Software": None})
+    """As a PNG of few colours: a third of the size."""
+    from PIL import Image
+
+    figure.canvas.draw()
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    few = drawn.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True, dpi=(DOTS, DOTS))
+
+
+def _names(axis: Any, places: Any, names: Sequence[str]) -> None:
+    axis.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=7)
 
 
 def _bar(axis: Any, place: float, cell: Any, colour: str, label: str | None, width: float) -> None:
@@ -55,12 +65,12 @@ def completeness(table: Table, path: Path) -> None:
                      for m in models]  # fmt: skip
             # an error of exactly 0 has no place on this axis
             worst = [np.nan if c is None else max(c.worst, 1e-17) for c in cells]
-            axis.plot(models, worst, marker, color=colour, label=f"{policy}, {kind}",
+            axis.plot(range(len(models)), worst, marker, color=colour, label=f"{policy}, {kind}",
                       fillstyle="full" if kind == "float32" else "none")  # fmt: skip
         axis.axhline(BOUNDS[kind], color=LIBRA, lw=0.8, ls=":" if kind == "float64" else "--")
     axis.set_yscale("log")
     axis.set_ylabel("relative completeness error,\nworst image", fontsize=8)
-    axis.tick_params(axis="x", rotation=60, labelsize=8)
+    _names(axis, range(len(models)), models)
     axis.legend(fontsize=7, ncols=2)
     _save(figure, path)
 
@@ -83,7 +93,7 @@ def gains(table: Table, models: Sequence[str], path: Path) -> None:
         limit = float(np.nanmax(np.abs(values))) or 1.0
         axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         axis.set_title(f"{NAMES[metric]}: libra - plain", fontsize=9)
-        axis.set_xticks(range(len(shown)), shown, rotation=60, fontsize=7)
+        _names(axis, range(len(shown)), shown)
         axis.set_yticks(range(len(methods)), methods, fontsize=7)
     figure.supxlabel("percentage points; bold: the interval does not hold 0; red: Libra is better",
                      fontsize=8)  # fmt: skip
@@ -125,7 +135,7 @@ def ablation(table: Table, path: Path) -> None:
             theirs = PAPER["ablation"][names[method, policy]][column]
             axis.plot(place, theirs, "k_", ms=16, label=None if place else "the paper, EVA2-S")
         labels = [p if m == "fullgrad+" else "without-biases" for m, p in kinds]
-        axis.set_xticks(range(len(kinds)), labels, rotation=40, fontsize=7)
+        _names(axis, range(len(kinds)), labels)
         axis.set_title(f"FullGrad+ on {model}: {NAMES[metric]}", fontsize=9)
         axis.legend(fontsize=7)
     _save(figure, path)
@@ -135,14 +145,19 @@ def paired(table: Table, models: Sequence[str], metric: str, path: Path) -> None
     """Bars of every method, plain and libra, a panel a model."""
     methods = changed(table, metric)
     shown = [m for m in models if m in table.models]
-    figure = _figure(2.2 + 2.6 * len(shown), 3.2)
-    for axis, model in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(0.4 + 4 * columns, 2.7 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[len(shown) :]:
+        axis.axis("off")
+    for axis, model in zip(axes, shown, strict=False):
         for place, method in enumerate(methods):
             for side, (policy, colour) in enumerate(POLICIES.items()):
                 cell = table.at(model, method, policy, metric)
                 _bar(axis, place + 0.4 * side, cell, colour, None if place else policy, 0.4)
         axis.axhline(0, color="black", lw=0.6)
-        axis.set_xticks(np.arange(len(methods)) + 0.2, methods, rotation=70, fontsize=7)
+        _names(axis, np.arange(len(methods)) + 0.2, methods)
         axis.set_title(f"{model}: {NAMES[metric]}", fontsize=8)
     axis.legend(fontsize=7)
     _save(figure, path)
@@ -161,7 +176,8 @@ def methods(arrays: Arrays, path: Path) -> None:
         for m in full
         if len([k for k in arrays if k.startswith(f"map/{m}/")]) > 2 * _count(arrays)
     ]
-    columns = [(m, p, i) for m in full for i in range(_count(arrays)) for p in POLICIES]
+    few = range(min(2, _count(arrays)))
+    columns = [(m, p, i) for m in full for i in few for p in POLICIES]
     _sheet(
         arrays,
         ["image", *rows],
@@ -262,6 +278,6 @@ def _lay(axis: Any, image: np.ndarray, values: np.ndarray) -> None:
     height, width = image.shape[:2]
     fine = to_pixels(torch.from_numpy(values)[None], (height, width))[0].numpy()
     limit = float(np.abs(fine).max()) or 1.0
-    axis.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255)
+    axis.imshow(image.mean(2), cmap="gray", vmin=-200, vmax=255)  # lighter, so that colours show
     axis.imshow(fine, cmap="RdBu_r", vmin=-limit, vmax=limit,
                 alpha=np.clip(np.abs(fine) / limit, 0, 1) * 0.85)  # fmt: skip

@@ -74,11 +74,14 @@ def completeness(ready: Ready, setup: Setup, folder: Path) -> Results:
 
 
 def faithfulness(ready: Ready, setup: Setup, folder: Path) -> Results:
-    """Every method plain and under libra, under the rules of LRP, and the baselines."""
+    """Every method plain and under libra, under the rules of LRP, and the baselines.
+
+    Integrated gradients, 50 passes an image, are run here alone, so their errors are from here.
+    """
     runs = {
-        "libra": (METHODS, ("plain", "libra")),
-        "lrp": (LRP_METHODS, LRP),
-        "baselines": (BASELINES, ("plain",)),
+        "libra": (METHODS, ("plain", "libra"), METRICS),
+        "lrp": (LRP_METHODS, LRP, METRICS),
+        "baselines": (BASELINES, ("plain",), (*METRICS, *ERRORS)),
     }
     return joined(
         [
@@ -87,12 +90,12 @@ def faithfulness(ready: Ready, setup: Setup, folder: Path) -> Results:
                 scenes(setup.images),
                 ready.applying(methods),
                 policies,
-                (*METRICS, *ERRORS),
+                metrics,
                 batch_size=setup.batch,
                 folder=folder / part,
                 explainer=ready.explain,
             )
-            for part, (methods, policies) in runs.items()
+            for part, (methods, policies, metrics) in runs.items()
         ]
     )
 
@@ -109,11 +112,6 @@ def ablation(ready: Ready, setup: Setup, folder: Path) -> Results:
         folder=folder,
         explainer=ready.explain,
     )
-
-
-OBJECT_METRICS = tuple(
-    f"{of} {what}" for of in ("AP", "pointing") for what in ("own", "other", "gap")
-)
 
 
 def discrimination(ready: Ready, setup: Setup, folder: Path) -> Results:
@@ -152,7 +150,7 @@ def _against(values: torch.Tensor, masks: torch.Tensor) -> dict[str, float]:
     """Every object's map against every object's mask, (K, h, w) and (K, H, W)."""
     count = len(masks)
     same = torch.eye(count, dtype=torch.bool)
-    found = {}
+    found: dict[str, float] = {}
     for of, compute in (("AP", segmentation_ap), ("pointing", pointing_game)):
         pairs = compute(values.repeat_interleave(count, 0), masks.repeat(count, 1, 1))
         table = pairs.reshape(count, count)  # [map, mask]

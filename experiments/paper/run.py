@@ -3,9 +3,9 @@
     python -m experiments.paper.run [--out FOLDER] [--cache FOLDER] [--smoke] [--images N]
                                     [--only TABLE ...] [--models NAME ...] [--render]
 
-Models that are not in the cache are trained first. What was measured is kept there as well, so a run
-that was interrupted goes on; `--render` measures nothing, and writes the tables and figures again
-from the data in --out.
+Models that are not in the cache are trained first. What was measured is kept there as well, so that
+a run that was interrupted goes on; `--render` measures nothing, and writes the tables and figures
+again from the data in --out.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def run(
     if "text" in wanted and towers is not None:
         prompted = Ready(TOWERS, Prompted(towers.model))  # type: ignore[arg-type]
         take("text", prompted, measure.discrimination)
-        np.savez_compressed(out / "text.npz", **pictures.highlights(prompted, setup))
+        _save(out / "text.npz", pictures.highlights(prompted, setup))
     if "heatmaps" in wanted:
         drawn = {name: ready[name] for name in setup.drawn if name in ready}
-        np.savez_compressed(out / "heatmaps.npz", **pictures.heatmaps(drawn, setup))
+        _save(out / "heatmaps.npz", pictures.heatmaps(drawn, setup))
     say("intervals")
     for study, results in found.items():
         if results:
@@ -129,6 +129,10 @@ def _model(name: str, trained: Trained) -> dict[str, Any]:
 
 def _json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _save(path: Path, arrays: Mapping[str, Any]) -> None:
+    np.savez_compressed(path, **arrays)
 
 
 # --------------------------------------------------------------------------- tables and figures

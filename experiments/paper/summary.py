@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,8 @@ PAPER: dict[str, Any] = json.loads((Path(__file__).parent / "paper.json").read_t
 ByModel = Mapping[str, Results]
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """The mean over `count` images, its interval, and the largest value. Where `than` names a
     policy, of the differences, image by image, to it."""
 
@@ -43,6 +44,9 @@ class Cell(NamedTuple):
     def verdict(self) -> int:
         """1 if the interval is above 0, -1 if below, else 0."""
         return (self.low > 0) - (self.high < 0)
+
+
+COLUMNS = tuple(f.name for f in fields(Cell))
 
 
 def cells(results: ByModel) -> list[Cell]:
@@ -122,8 +126,9 @@ def orders(table: Mapping[str, float], higher: bool, champion: str) -> list[tupl
     pairs += [(champion, e) for e in ranking if e != champion]
     pairs += [(e, "random") for e in ranking if e != "random" and "random" in table]
     pairs += list(pairwise(ranking))
-    strict = [(a, b) for a, b in dict.fromkeys(pairs) if table[a] != table[b]]
-    return [p if (table[p[0]] > table[p[1]]) == higher else p[::-1] for p in strict]
+    strict = [(a, b) for a, b in pairs if table[a] != table[b]]
+    turned = [(a, b) if (table[a] > table[b]) == higher else (b, a) for a, b in strict]
+    return list(dict.fromkeys(turned))
 
 
 def claims(
@@ -147,9 +152,11 @@ def claims(
             made.append(_claim("MIF accuracy", pair, table, both, "mif-accuracy-drop"))
         for model, table in PAPER["exceptions"].items():
             if model in faithful:
-                pair = sorted(table, key=lambda e: -table[e])
+                first, second = sorted(table, key=lambda e: -table[e])
                 name = f"MIF accuracy on {model}"
-                made.append(_claim(name, pair, table, faithful[model], "mif-accuracy-drop"))
+                made.append(
+                    _claim(name, (first, second), table, faithful[model], "mif-accuracy-drop")
+                )
         able = [m for m in families if m in faithful and "legrad" in faithful[m].methods]
         later = PAPER["later"]
         pair = (later["better"], later["worse"])
@@ -206,17 +213,20 @@ def _reason(key: str) -> str:
 def write_cells(path: Path, found: Sequence[Cell]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Cell._fields)
-        writer.writerows(found)
+        writer.writerow(COLUMNS)
+        writer.writerows(astuple(cell) for cell in found)
 
 
 def read_cells(path: Path) -> list[Cell]:
     with path.open(newline="") as file:
-        return [
-            Cell(*list(row.values())[:5], *(float(row[k]) for k in Cell._fields[5:9]),
-                 int(row["count"]))
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
+        return [_cell(row) for row in csv.DictReader(file)]
+
+
+def _cell(row: Mapping[str, str]) -> Cell:
+    model, method, policy, than, metric = (row[name] for name in COLUMNS[:5])
+    mean, low, high, worst = (float(row[name]) for name in COLUMNS[5:9])
+    count = int(row["count"])
+    return Cell(model, method, policy, than, metric, mean, low, high, worst, count)
 
 
 class Table:
@@ -224,7 +234,7 @@ class Table:
 
     def __init__(self, found: Sequence[Cell]) -> None:
         self.cells = list(found)
-        self._by = {c[:5]: c for c in found}
+        self._by = {(c.model, c.method, c.policy, c.than, c.metric): c for c in found}
         self.models = tuple(dict.fromkeys(c.model for c in found))
         self.methods = tuple(dict.fromkeys(c.method for c in found))
 

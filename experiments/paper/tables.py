@@ -24,7 +24,7 @@ NAMES = {
 }
 LOSES = "**▼ Libra loses**"
 LEGEND = (
-    "Cells: plain → libra (mean of the paired differences [its 95 % bootstrap interval over images])."
+    "Cells: plain → libra (mean of the paired differences [95 % bootstrap interval over images])."
     f" {LOSES}: the whole interval is below 0; ▲: above. In percent; higher is better throughout."
     " One interval in twenty leaves out 0 by chance where there is no difference."
 )
@@ -62,7 +62,8 @@ def changed(table: Table, metric: str) -> list[str]:
     return [
         m
         for m in table.methods
-        if any(table.at(model, m, "libra", metric, "plain") for model in table.models)
+        if m not in BASELINES
+        and any(table.at(model, m, "libra", metric, "plain") for model in table.models)
     ]
 
 
