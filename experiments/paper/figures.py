@@ -250,7 +250,8 @@ def _sheet(
     """A table of pictures; `what(row, column)` -> (scene, the map's key, or None: the image).
 
     Maps lie over the grey image: red speaks for the target, blue against it, each map on its own
-    scale; a map that does not exist is left out.
+    scale, maps that are never negative from their least value on; one that does not exist is left
+    out.
     """
     side = 0.85
     figure = _figure(1.0 + side * len(columns), 0.4 + side * len(rows))
@@ -277,6 +278,8 @@ def _sheet(
 def _lay(axis: Any, image: np.ndarray, values: np.ndarray) -> None:
     height, width = image.shape[:2]
     fine = to_pixels(torch.from_numpy(values)[None], (height, width))[0].numpy()
+    if values.min() >= 0:  # of one sign by definition: from its own least value
+        fine = np.clip(fine - values.min(), 0, None)
     limit = float(np.abs(fine).max()) or 1.0
     axis.imshow(image.mean(2), cmap="gray", vmin=-200, vmax=255)  # lighter, so that colours show
     axis.imshow(fine, cmap="RdBu_r", vmin=-limit, vmax=limit,

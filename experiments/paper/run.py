@@ -49,6 +49,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "orderings": ("completeness", "faithfulness", "ablation"),
 }
 """Table -> what has to be measured for it."""
+SIZES_HERE = ["vit" if name == "vit-base" else name for name in SIZES]
+"""The base size is the architecture `vit`, trained once."""
 STUDIES: dict[str, measure.Study] = {
     "completeness": measure.completeness,
     "faithfulness": measure.faithfulness,
@@ -65,66 +67,82 @@ def run(
     Returns the models and precisions on which Libra FullGrad's completeness breaks its bound.
     """
     say = say or (lambda text: print(text, file=sys.stderr, flush=True))
-    start = time.monotonic()
     wanted = {study for table in only for study in TABLES[table]}
     out.mkdir(parents=True, exist_ok=True)
-    trained = {name: train(name, cache, setup.recipe) for name in setup.models}
-    towers = None
-    if {"text", "models"} & {*only}:
-        towers = train_clip(cache, setup.recipe)
-    _json(out / "models.json", [
-        _model(name, t) for name, t in ({**trained, TOWERS: towers} if towers else trained).items()
-    ])  # fmt: skip
-    ready = {name: Ready(name, t.model) for name, t in trained.items()}
-    found: dict[str, dict[str, Results]] = {study: {} for study in (*STUDIES, "ablation", "text")}
-    spent: dict[str, float] = {}
     folder = cache / f"rows-{setup.images}-{setup.objects}-{setup.recipe.steps}"
+    trained: dict[str, Trained] = {}
+    if {*only} - {"text"}:
+        trained = {name: train(name, cache, setup.recipe) for name in setup.models}
+    towers = {TOWERS: train_clip(cache, setup.recipe)} if "text" in only else {}
+    _keep_models(out / "models.json", {**trained, **towers})
+    ready = {name: Ready(name, t.model) for name, t in trained.items()}
+    found: dict[str, dict[str, Results]] = {}
+    spent: dict[str, float] = {}
 
     def take(study: str, model: Ready, how: measure.Study) -> None:
-        before = time.monotonic()
-        found[study][model.name] = how(model, setup, folder / study / model.name)
-        spent[study] = spent.get(study, 0.0) + time.monotonic() - before
-        say(f"{study}: {model.name}, {time.monotonic() - start:.0f} s")
+        say(f"{model.name}: {study}")
+        rows, seconds = _timed(how, model, setup, folder / study / model.name)
+        found.setdefault(study, {})[model.name] = rows
+        spent[study] = spent.get(study, 0.0) + seconds
 
-    for number, (name, model) in enumerate(ready.items(), 1):
-        say(f"model {number} of {len(ready)}: {name}")
+    for name, model in ready.items():
         for study, how in STUDIES.items():
             if study in wanted:
                 take(study, model, how)
         if name == setup.ablated and "ablation" in wanted:
             take("ablation", model, measure.ablation)
-    if "text" in wanted and towers is not None:
-        prompted = Ready(TOWERS, Prompted(towers.model))  # type: ignore[arg-type]
+    for name, pair in towers.items():
+        prompted = Ready(name, Prompted(pair.model))  # type: ignore[arg-type]
         take("text", prompted, measure.discrimination)
         _save(out / "text.npz", pictures.highlights(prompted, setup))
+    start = time.monotonic()
     if "heatmaps" in wanted:
         drawn = {name: ready[name] for name in setup.drawn if name in ready}
         _save(out / "heatmaps.npz", pictures.heatmaps(drawn, setup))
     say("intervals")
     for study, results in found.items():
-        if results:
-            write_cells(out / f"{study}.csv", cells(results))
+        write_cells(out / f"{study}.csv", cells(results))
     if "orderings" in only:
-        made = claims(found["completeness"], found["faithfulness"], found["ablation"])
+        exact, faithful, ablated = (
+            found.get(study, {}) for study in ("completeness", "faithfulness", "ablation")
+        )
+        made = claims(exact, faithful, ablated)
         _json(out / "orderings.json", [asdict(c) for c in made])
-    spent["everything, trainings in the cache left out"] = time.monotonic() - start
+    spent["intervals and pictures"] = time.monotonic() - start
+    held = _read(out / "run.json") if (out / "run.json").exists() else {"models": [], "seconds": {}}
+    models = [*dict.fromkeys((*held["models"], *ready, *towers))]
     _json(out / "run.json", {
         "images": setup.images,
         "images with several objects": setup.objects,
-        "models": list(ready),
-        "seconds": {k: round(v, 1) for k, v in spent.items()},
+        "models": [m for m in models if m != TOWERS],
+        "missing": [m for m in (*WHOLE.models, TOWERS) if m not in models],
+        "seconds": held["seconds"] | {k: round(v, 1) for k, v in spent.items()},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__.split("+")[0],
     })  # fmt: skip
     render(out)
-    exact = out / "completeness.csv"
-    return tables.broken(Table(read_cells(exact))) if exact.exists() else []
+    errors = out / "completeness.csv"
+    return tables.broken(Table(read_cells(errors))) if errors.exists() else []
 
 
-def _model(name: str, trained: Trained) -> dict[str, Any]:
-    size = sum(p.numel() for p in trained.model.parameters())
-    seconds = round(trained.seconds)
-    return {"name": name, "parameters": size, "seconds": seconds, "scores": trained.scores}
+def _timed(how: measure.Study, model: Ready, setup: Setup, folder: Path) -> tuple[Results, float]:
+    """Rows, and the seconds that they took when they were measured (the last part of them, where
+    that was interrupted)."""
+    file, start = folder / "seconds.json", time.monotonic()
+    rows = how(model, setup, folder)
+    if not file.exists():
+        _json(file, time.monotonic() - start)
+    return rows, _read(file)
+
+
+def _keep_models(file: Path, trained: Mapping[str, Trained]) -> None:
+    """Beside those that are in the file already."""
+    held = {m["name"]: m for m in _read(file)} if file.exists() else {}
+    for name, t in trained.items():
+        size = sum(p.numel() for p in t.model.parameters())
+        held[name] = {"name": name, "parameters": size, "seconds": round(t.seconds),
+                      "scores": t.scores}  # fmt: skip
+    _json(file, list(held.values()))
 
 
 def _json(path: Path, data: Any) -> None:
@@ -155,16 +173,16 @@ def render(out: Path) -> None:
     if found := sheets.get("faithfulness"):
         made["faithfulness"] = tables.faithfulness(found, families)
         figures.gains(found, families, out / "faithfulness.png")
-        sizes = ["vit" if s == "vit-base" else s for s in SIZES]
-        about = "The same model in four sizes, smallest first; `vit` is the base size."
-        made["sizes"] = tables.subset("Sizes of ViT", about, found, sizes)
-        figures.sizes(found, sizes, out / "sizes.png")
-        mixers = ("gmixer", "mixer")
-        about = (
-            "MLP-Mixer with gates (as in the paper) and without. Tokens are zeroed, not dropped."
-        )
-        made["mixers"] = tables.subset("Mixers", about, found, mixers)
-        figures.paired(found, mixers, "mif-accuracy-drop", out / "mixers.png")
+        sizes = [m for m in SIZES_HERE if m in found.models]
+        if sizes:
+            about = "The same model in four sizes, smallest first; `vit` is the base size."
+            made["sizes"] = tables.subset("Sizes of ViT", about, found, sizes)
+            figures.sizes(found, sizes, out / "sizes.png")
+        mixers = [m for m in ("gmixer", "mixer") if m in found.models]
+        if mixers:
+            about = "MLP-Mixer with gates, as in the paper, and without. Tokens are zeroed."
+            made["mixers"] = tables.subset("Mixers", about, found, mixers)
+            figures.paired(found, mixers, "mif-accuracy-drop", out / "mixers.png")
     if found := sheets.get("ablation"):
         made["ablation"] = tables.ablation(found)
         figures.ablation(found, out / "ablation.png")
@@ -181,7 +199,7 @@ def render(out: Path) -> None:
                 draw(dict(arrays), out / f"{name}.png")
     if (out / "orderings.json").exists():
         orderings = [Claim(**c) for c in _read(out / "orderings.json")]
-        made["orderings"] = tables.orderings(orderings)
+        made["orderings"] = tables.orderings(orderings, sheets.get("faithfulness"))
     for name, text in made.items():
         picture = f"\n\n![{name}]({name}.png)" if name not in ("text",) and (
             out / f"{name}.png").exists() else ""  # fmt: skip

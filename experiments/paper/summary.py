@@ -20,6 +20,8 @@ from .setup import FAMILIES
 
 MEAN = "mean"
 """Stands for a model: the mean over the paper's families that the method applies to."""
+INSIDE = "the paper's difference is inside the interval"
+UNEXPLAINED = "unexplained"
 PAPER: dict[str, Any] = json.loads((Path(__file__).parent / "paper.json").read_text())
 ByModel = Mapping[str, Results]
 
@@ -198,13 +200,13 @@ def _claim(
     at = Results.of(rows).mean("gain", "", metric)
     verdict = "yes" if at.low > 0 else "no" if at.high < 0 else "undecided"
     said = None if paper is None else round(abs(paper[better] - paper[worse]), 4)
-    reason = "" if verdict == "yes" else _reason(f"{table}: {better} > {worse}")
+    unit = 1 if metric == "completeness-error" else 100
+    inside = said is not None and unit * at.low <= said <= unit * at.high
+    reason = (
+        "" if verdict == "yes" else INSIDE if inside else _reason(f"{table}: {better} > {worse}")
+    )
     mean, low, high = (float(f"{v:.5g}") for v in (at.mean, at.low, at.high))
     return Claim(table, better, worse, said, mean, low, high, at.count, verdict, reason)
-
-
-def _reason(key: str) -> str:
-    return PAPER["reasons"].get(key, "unexplained")
 
 
 # --------------------------------------------------------------------------- files

@@ -8,7 +8,7 @@ from typing import Any
 
 from .models import ARCHITECTURES
 from .setup import ABLATION, BARE, BASELINES, BOUNDS, LRP, LRP_METHODS, METRICS
-from .summary import MEAN, PAPER, Cell, Claim, Table
+from .summary import INSIDE, MEAN, PAPER, UNEXPLAINED, Cell, Claim, Table
 
 NAMES = {
     "mif-accuracy-drop": "MIF accuracy (the drop)",
@@ -40,8 +40,11 @@ def percent(value: float) -> str:
 
 
 def interval(cell: Any, sign: str = "+") -> str:
-    """Of a cell or a claim, in percent: `+1.2 [0.3, 2.0]`."""
-    return f"{100 * cell.mean:{sign}.1f} [{percent(cell.low)}, {percent(cell.high)}]"
+    """Of a cell or a claim, in percent: `+1.2 [0.3, 2.0]`; more digits where these would be 0."""
+    tiny = 0 < max(abs(cell.low), abs(cell.high)) < 5e-4
+    form = ".1g" if tiny else ".1f"
+    low, mean, high = (100 * v for v in (cell.low, cell.mean, cell.high))
+    return f"{mean:{sign}{form}} [{low:{form}}, {high:{form}}]"
 
 
 # --------------------------------------------------------------------------- plain and libra
@@ -246,8 +249,7 @@ def _mean(table: Table, method: str, policy: str, metric: str, model: str = MEAN
 
 def subset(title: str, about: str, table: Table, models: Sequence[str]) -> str:
     """A comparison of some of the models: the sizes, the mixers."""
-    shown = [m for m in models if m in table.models]
-    return "\n\n".join([f"# {title}", about, LEGEND, comparison(table, shown, METRICS)])
+    return "\n\n".join([f"# {title}", about, LEGEND, comparison(table, models, METRICS)])
 
 
 def ablation(table: Table) -> str:
@@ -328,10 +330,10 @@ def learnt(scores: Mapping[str, float]) -> str:
     return f"The pair {found}."
 
 
-def orderings(made: Sequence[Claim]) -> str:
+def orderings(made: Sequence[Claim], faithful: Table | None) -> str:
     count = {v: sum(c.verdict == v for c in made) for v in ("yes", "no", "undecided")}
-    bad = [c for c in made if c.verdict != "yes"]
-    unexplained = sum(c.reason == "unexplained" for c in bad)
+    inside = sum(c.reason == INSIDE for c in made)
+    unexplained = sum(c.reason.startswith(UNEXPLAINED) for c in made)
     rows = [
         [
             c.table,
@@ -349,13 +351,35 @@ def orderings(made: Sequence[Claim]) -> str:
             "# The paper's orderings, one by one",
             f"Of {len(made)} orderings, {count['yes']} are the same here (interval above 0), "
             f"{count['no']} are the other way round (interval below 0), {count['undecided']} are "
-            f"undecided; {unexplained} of those that differ are unexplained.",
+            f"undecided, {inside} of these with the paper's difference inside the interval; "
+            f"{unexplained} that differ are unexplained." + _agreement(faithful),
             "`A > B`: A is better (of completeness errors, A's is smaller). Differences are in "
             "percentage points, of completeness errors in logits, better less worse; here with a "
             "paired 95 % bootstrap interval over images, of means over the paper's families.",
             grid(["table", "paper says", "by", "here by", "here", "reason"], rows),
             "\n".join(absent),
         ]
+    )
+
+
+def _agreement(faithful: Table | None) -> str:
+    """How alike the rankings of all entries by MIF accuracy are."""
+    from scipy.stats import kendalltau
+
+    pairs = [
+        (theirs, cell.mean)
+        for entry, theirs in PAPER["mif"].items()
+        if faithful is not None
+        for method, policy in [PAPER["entries"][entry]]
+        for cell in [faithful.at(MEAN, method, policy, "mif-accuracy-drop")]
+        if cell is not None
+    ]
+    if len(pairs) < 3:
+        return ""
+    tau = kendalltau(*zip(*pairs, strict=True)).statistic
+    return (
+        f" Kendall's tau of the whole ranking by MIF accuracy, here and there, {len(pairs)} "
+        f"entries: {tau:.2f}."
     )
 
 
@@ -398,15 +422,17 @@ def index(
     run: Mapping[str, Any], sheets: Mapping[str, Table], made: Mapping[str, str], out: Path
 ) -> str:
     """The first page: how it was made, the sentences that matter, and where the rest is."""
-    seconds = run["seconds"]["everything, trainings in the cache left out"]
+    seconds = sum(run["seconds"].values())
     lines = [
         "# The paper's evaluation on scenes",
         f"Written by `python -m experiments.paper.run`: {run['images']} images "
         f"({run['images with several objects']} with several objects), {len(run['models'])} "
-        f"classifiers ({', '.join(run['models'])}), {seconds:.0f} s with {run['threads']} "
-        f"thread(s), torch {run['torch']}; the trained models and what an earlier run had "
-        "measured already came from the cache.",
+        f"classifiers ({', '.join(run['models'])}). Measuring took {seconds / 60:.0f} minutes with "
+        f"{run['threads']} thread(s), torch {run['torch']}; the trainings' seconds are in "
+        "[models.md](models.md).",
     ]
+    if run["missing"]:
+        lines.append(f"**Not measured: {', '.join(run['missing'])}.**")
     if "completeness" in sheets:
         lines.append(f"- {bound_sentence(sheets['completeness'])}")
     if found := sheets.get("faithfulness"):
