@@ -202,9 +202,8 @@ def _claim(
     said = None if paper is None else round(abs(paper[better] - paper[worse]), 4)
     unit = 1 if metric == "completeness-error" else 100
     inside = said is not None and unit * at.low <= said <= unit * at.high
-    reason = (
-        "" if verdict == "yes" else INSIDE if inside else _reason(f"{table}: {better} > {worse}")
-    )
+    why = INSIDE if inside else PAPER["reasons"].get(f"{table}: {better} > {worse}", UNEXPLAINED)
+    reason = "" if verdict == "yes" else why
     mean, low, high = (float(f"{v:.5g}") for v in (at.mean, at.low, at.high))
     return Claim(table, better, worse, said, mean, low, high, at.count, verdict, reason)
 
