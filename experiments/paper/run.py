@@ -172,7 +172,8 @@ def render(out: Path) -> None:
         figures.completeness(exact, out / "completeness.png")
     if found := sheets.get("faithfulness"):
         made["faithfulness"] = tables.faithfulness(found, families)
-        figures.gains(found, families, out / "faithfulness.png")
+        if {*families} & {*found.models}:
+            figures.gains(found, families, out / "faithfulness.png")
         sizes = [m for m in SIZES_HERE if m in found.models]
         if sizes:
             about = "The same model in four sizes, smallest first; `vit` is the base size."
@@ -188,7 +189,8 @@ def render(out: Path) -> None:
         figures.ablation(found, out / "ablation.png")
     if found := sheets.get("discrimination"):
         made["discrimination"] = tables.discrimination(found, families)
-        figures.paired(found, families, "AP gap", out / "discrimination.png")
+        if {*families} & {*found.models}:
+            figures.paired(found, families, "AP gap", out / "discrimination.png")
     if found := sheets.get("text"):
         scores = {m["name"]: m["scores"] for m in _read(out / "models.json")}
         made["text"] = tables.text(found, scores[TOWERS])

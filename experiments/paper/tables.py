@@ -104,6 +104,8 @@ def sentences(table: Table, models: Sequence[str], metric: str) -> list[str]:
     for method in changed(table, metric):
         gains = {m: table.at(m, method, "libra", metric, "plain") for m in single}
         there = {m: g for m, g in gains.items() if g is not None}
+        if not there:
+            continue
         by = {v: [m for m, g in there.items() if g.verdict == v] for v in (1, 0, -1)}
         text = (
             f"Libra improves {method} in {NAMES[metric]} on {len(by[1])} of {len(there)} "
