@@ -105,6 +105,8 @@ def bias_map(
             held = {n: v for n, v in values.items() if n not in call.moving and is_ray(v)}
             if held:  # distances, and selections, which may share an element between equals
                 return _along_constants(node, call, args, kwargs, values)
+            if len(call.moving) == 1 and live[0].shape == output.shape:
+                return output.masked_fill(_slope(node, args, kwargs, call, live[0]) != 0, 0.0)
             chosen = torch.stack([output == u.expand_as(output) for u in live]).any(0)
             return output.masked_fill(chosen, 0.0)
         relations = polynomial(call.operator.signature, call) or ()
@@ -154,6 +156,17 @@ def evaluate(
     return function(
         *(bound[n] for n in positional), **{n: v for n, v in bound.items() if n not in positional}
     )
+
+
+def _slope(
+    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, u: Tensor
+) -> Tensor:
+    """The derivative of a selection between an operand and literals: at a bound itself, torch gives
+    clamp's operand all and hardtanh's nothing."""
+    with torch.enable_grad():
+        leaf = u.detach().requires_grad_()
+        value = _first(evaluate(node.target, args, kwargs, {next(iter(call.moving)): leaf}))
+        return torch.autograd.grad(value.sum(), leaf)[0]
 
 
 def _along_constants(

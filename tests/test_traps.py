@@ -635,6 +635,23 @@ def test_constants_that_tie_with_live_values(larger, swapped: bool) -> None:  # 
     assert report.complete and report.error is not None and report.error < 1e-12
 
 
+@pytest.mark.parametrize(
+    "bounded",
+    [
+        lambda x: F.hardtanh(x, -0.5, 0.5),
+        lambda x: F.threshold(x, 0.5, 0.5),
+        lambda x: x.clamp(-0.5, 0.5),
+        lambda x: x.clamp_min(0.5),
+    ],
+)
+def test_values_at_a_bound_itself(bounded) -> None:  # type: ignore[no-untyped-def]
+    x = torch.tensor([[0.5, 0.2, 0.9, 0.5]], dtype=torch.float64)
+    parts = fgt.fullgrad(lambda x: bounded(x) * 2, x, target=0)
+    assert torch.equal(parts.total, parts.output)
+    whole = fgt.fullgrad(lambda x: bounded(x).sum(-1), x)
+    assert torch.allclose(whole.total, whole.output, rtol=1e-14)
+
+
 def test_views_of_several_operands_have_nothing_to_do_with_each_other() -> None:
     """Of degrees 1 and 0 and constant: one label for all of them fits none."""
     x, w = seeded(2, 4), nn.Parameter(seeded(4))

@@ -308,6 +308,9 @@ class Tracker:
                     size = max(1e-4 * float(a.abs().max()), 1e-7 * float(value.abs().max()))
                     if not torch.allclose(a, b, rtol=1e-4, atol=size):
                         raise Unjudged(f"a jump lies within a step of {place.label}")
+                    after, before = (_side(bounds[k], place.index, item, s) for s in (STEP, -STEP))
+                    if wide and not torch.allclose(after, before, rtol=1e-2, atol=100 * size):
+                        raise Unjudged(f"a kink lies at {place.label}")
 
     def _of_degree_one_or_zero(self, node: fx.Node) -> bool:
         """Whether each operand that carries gradient has its own value for a tangent, or nothing;
@@ -538,6 +541,13 @@ def _ray(
     a, b, c, d = parts
     slope = (8 * (c - b) - (d - a)) / (12 * step)
     return torch.where(torch.isfinite(slope), slope, 0.0) if not slope.is_complex() else slope
+
+
+def _side(bound: Bound, index: int, item: int, step: float) -> Tensor:
+    """d/dt at t = 1 from one side, as `_ray` from both."""
+    moved, here = (bound.run({index: bound.leaves[index] * t}) for t in (1 + step, 1.0))
+    slope = (_outputs(moved)[item] - _outputs(here)[item]) / step
+    return torch.where(torch.isfinite(slope.abs()), slope, 0.0)
 
 
 def distance(
