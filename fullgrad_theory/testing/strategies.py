@@ -298,8 +298,14 @@ class _Size(NamedTuple):
 
 _HELD = {"running_mean", "running_var"}
 """arguments in which torch has no derivative"""
-_COUNTING = {"aten.masked_scatter.default", "aten.as_strided.default"}
-"""which shapes will do depends on how much of a mask is true, or on memory"""
+_EXACT = {
+    "aten.masked_scatter.default": "how much it reads depends on how much of a mask is true",
+    "aten.as_strided.default": "it reads memory",
+    "aten.scaled_dot_product_attention.default": "its backward does not check shapes, and crashes",
+    "aten.lstm.input": "its float32 kernel does not check shapes",
+    "aten.gru.input": "its float32 kernel does not check shapes",
+}
+"""operations that are called in the shapes of their samples alone, and why"""
 _ACTIVATIONS = (
     "relu gelu silu tanh sigmoid softplus leaky_relu abs exp hardswish sin elu mish cos".split()
 )
@@ -447,7 +453,7 @@ class _Builder:
         held = _held(name, args, kwargs)
         drawn = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _Draw)]
         fluid = [i for i in drawn if leaves[i].kind != "mask" and i not in held]
-        direct = self.draw(0, 1) == 0 and name not in _COUNTING
+        direct = self.draw(0, 1) == 0 and name not in _EXACT
         entry = lookup(name)
         still = entry is not None and entry.algebra is Algebra.FREEZING
         first = fluid[self.draw(0, len(fluid) - 1)] if fluid else None
