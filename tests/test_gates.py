@@ -151,3 +151,13 @@ def test_first_and_second_derivatives_of_the_gate(name, kw):
         step = 1e-5
         numeric = (gate(u + step, **kw) - gate(u - step, **kw)) / (2 * step)
         torch.testing.assert_close(first[5:], numeric[5:], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["aten.gelu.default", "aten.silu.default"])
+def test_the_limit_at_zero_without_gradients(name):
+    """The backward pass itself runs without, and takes another way there."""
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(
+                GATES[name](torch.zeros(3, dtype=dtype)), torch.full((3,), 0.5).to(dtype)
+            )
