@@ -773,3 +773,23 @@ def test_forward_mode_is_refused_and_never_wrong() -> None:
     balanced = fgt.balance(F.gelu, X)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(balanced, (X,), (X,))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: x * 2 if x.shape[0] == 1 else x * 3,
+        lambda x: x * 2 if x.shape[0] <= 4 else x * 3,
+    ],
+)
+def test_the_batch_size_may_decide_the_way(model) -> None:  # type: ignore[no-untyped-def]
+    """Export leaves 1 out, and says nothing; another size is refused, or has its own way."""
+    balanced = fgt.balance(model, seeded(3, 4))
+    for size in (1, 2, 3, 8):
+        x = seeded(size, 4)
+        try:
+            found = balanced(x)
+        except InputError:
+            assert size != 3
+        else:
+            assert torch.equal(found, model(x))

@@ -245,7 +245,7 @@ MUTANTS: tuple[Mutant, ...] = (
            ("tests/test_traps.py", FUNCTIONAL, DERIVE)),
     Mutant("any batch size goes", FORWARD, "trace.py",
            "if _any_batch(program) and _same_calls(module, more, named):", "if True:",
-           ("tests/test_balance.py", "tests/test_functionalise.py", "tests/test_fullgrad.py")),
+           ("tests/test_traps.py",)),
     # ------------------------------------------------------------------ integrals, black boxes, shares
     Mutant("an integral's f(0) at any degree", LEAF, "operators/base.py",
            "for name in sorted(moving)), domain=(1,))", "for name in sorted(moving)))", (INTEGRATE, PROOFS, DERIVE)),
