@@ -28,7 +28,7 @@ from fullgrad_theory.progress import progress
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained: one cycle of the learning rate, no augmentation, and AdaMuon, whose
-    steps for matrices are orthogonal: a third of the steps that AdamW needs here.
+    steps for matrices are orthogonal: fewer of them than AdamW needs here.
 
     `images` and `held_out`: how many scenes, of seeds `seed` and `seed` + 1000003; `every`: seconds
     between two checkpoints.
