@@ -280,9 +280,26 @@ class Tracker:
                     if found.degree is not None:
                         self.saturated.add(node.name)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
+        self._refuse_inherited(node, tangents, values)
         self._refuse_noise(bounds, item, values)
         self._refuse_jumps(node, bounds, item)
         return found
+
+    def _refuse_inherited(
+        self, node: fx.Node, tangents: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """What is missing here may be what an operand's leaves left open, of a small part of it."""
+        open_there = 0.0
+        for source in self.edges[node]:
+            for item, known in enumerate(self.locals.get(source, ())):
+                if known.degree is None or abs(known.degree - 1.0) > TOLERANCE:
+                    return
+                for k in range(self.count):
+                    v, t = (_outputs(x[k][source])[item] for x in (self.values, self.tangents))
+                    open_there = max(open_there, _gap(t, v))
+        here = max((_gap(t, v) for t, v in zip(tangents, values, strict=True)), default=0.0)
+        if here <= 10 * open_there:
+            raise Unjudged("too few digits are left of an operand that is small here")
 
     def _refuse_noise(self, bounds: list[Bound], item: int, values: list[Any]) -> None:
         """A value that moves with the last bits of its operands is rounding: no degree is seen."""
@@ -541,6 +558,13 @@ def _ray(
     a, b, c, d = parts
     slope = (8 * (c - b) - (d - a)) / (12 * step)
     return torch.where(torch.isfinite(slope), slope, 0.0) if not slope.is_complex() else slope
+
+
+def _gap(tangent: Any, value: Any) -> float:
+    """The largest |tangent - value| where it is finite."""
+    if not is_real(value) or not value.numel():
+        return 0.0
+    return float(torch.where(torch.isfinite(value.abs()), (tangent - value).abs(), 0.0).max())
 
 
 def _side(bound: Bound, index: int, item: int, step: float) -> Tensor:
