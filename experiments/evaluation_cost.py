@@ -19,7 +19,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fullgrad_theory.attribution import Explainer
+from fullgrad_theory.data import Sample
 from fullgrad_theory.evaluate import evaluate
 from fullgrad_theory.metrics import Deletion
 
@@ -43,13 +43,6 @@ METHODS = (
 )
 POLICIES = ("plain", "libra")
 SHAPES = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    image: Tensor
-    label: int
-    mask: Tensor
 
 
 def samples(count: int) -> list[Sample]:

@@ -105,9 +105,7 @@ def bias_map(
             held = {n: v for n, v in values.items() if n not in call.moving and is_ray(v)}
             if held:  # distances, and selections, which may share an element between equals
                 return _along_constants(node, call, args, kwargs, values)
-            if len(call.moving) == 1 and live[0].shape == output.shape:
-                return output.masked_fill(_slope(node, args, kwargs, call, live[0]) != 0, 0.0)
-            chosen = torch.stack([output == u.expand_as(output) for u in live]).any(0)
+            chosen = _slope(node, args, kwargs, call, live[0]) != 0
             return output.masked_fill(chosen, 0.0)
         relations = polynomial(call.operator.signature, call) or ()
         factors = {n for r in relations for term in r.terms for n, power in term if power > 0}
