@@ -207,8 +207,19 @@ class _Problem:
         return INPUT if operand.name in self.live.sources else (operand.name, item)
 
     def prune_cost(self, name: str, argument: str) -> int | None:
-        """What pruning an edge costs, by the operation whose value it holds fixed."""
-        value = next(o.node for o in self.live.calls[name].operands if o.name == argument)
+        """What pruning an edge costs, by the operation whose value it holds fixed.
+
+        A norm with a live weight rather loses the weight's gradient than its input's.
+        """
+        reader = self.live.calls[name]
+        value = next(o.node for o in reader.operands if o.name == argument)
+        cost = self._fixed_cost(name, value)
+        norm = reader.operator.algebra is Algebra.NORMALISER and len(reader.moving) > 1
+        if cost is None or not (norm and argument == "input"):
+            return cost
+        return cost + (self.policy.freeze or 0) + 1
+
+    def _fixed_cost(self, name: str, value: fx.Node | None) -> int | None:
         modules = {module_path(self.graph.nodes[name])}
         while value is not None and (call := self.live.calls.get(value.name)):
             modules.add(module_path(value))

@@ -670,6 +670,32 @@ def test_views_of_several_operands_have_nothing_to_do_with_each_other() -> None:
     assert fgt.check_completeness(Module(grid, w=w), x).complete
 
 
+RATIO = {  # what a norm reads beside a live value, and whether the gradient as it is is complete
+    "a ratio, live weight": (lambda x, w: F.layer_norm(x / x.flip(-1), (4,), x[0], w), True),
+    "a ratio, live bias": (lambda x, w: F.layer_norm(x / x.flip(-1), (4,), w, x[0]), False),
+    "a constant, live weight": (lambda x, w: F.layer_norm(w, (4,), x[0], w), True),
+    "a constant, live bias": (lambda x, w: F.layer_norm(w, (4,), None, x[0]), False),
+    "a constant, live bias, no eps": (lambda x, w: F.layer_norm(w, (4,), None, x[0], 0.0), False),
+    "a live one, live weight": (lambda x, w: F.layer_norm(x, (4,), x[0], w), False),
+    "a live one, live weight, no eps": (lambda x, w: F.layer_norm(x, (4,), x[0], w, 0.0), True),
+}
+
+
+@pytest.mark.parametrize("what", RATIO)
+def test_norms_of(what: str) -> None:
+    """Linear in their weight and bias where 1/sigma is of degree 0; a constant input is no bias."""
+    function, complete = RATIO[what]
+    model, x = (
+        Module(lambda m, x: function(x, m.w), w=nn.Parameter(seeded(4, seed=1))),
+        seeded(2, 4),
+    )
+    assert fgt.check_completeness(model, x).complete is complete
+    assert fgt.check_completeness(model, x, numeric=False).complete is complete
+    plan = fgt.derive_rules(model, x)
+    assert fgt.check_completeness(model, x, policy=plan).complete
+    assert not any(isinstance(e, fgt.Prune) and e.argument == "input" for e in plan)
+
+
 def test_all_unregistered_operations_are_listed_at_once() -> None:
     def model(x: Tensor) -> Tensor:
         return torch.special.i0(x) + torch.lgamma(x) + torch.digamma(x)

@@ -269,16 +269,17 @@ def _elementwise(op: Operator, call: Call) -> tuple[Mode, ...]:
 
 def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
     frozen = polynomial(op.signature, call)
-    if frozen and "input" not in call.moving and any(o.name == "weight" for o in call.operands):
-        return (Mode(None, frozen),)  # 1/sigma is constant
-    if frozen is None:
+    # linear in its weight where 1/sigma is of degree 0: that is where the input is, or, with
+    # eps = 0 and exactly scale-invariant, wherever it is
+    plain = polynomial(op.signature.replace("input", "input^0"), call)
+    if frozen is None or plain is None:
         return (_none(call),)
+    if "input" not in call.moving:  # 1/sigma is constant
+        weighted = any(o.name == "weight" for o in call.operands)
+        return (Mode(None, frozen),) if weighted else (_none(call), Mode("freeze", frozen))
     eps = call.arguments.get("eps", 1.0)
     if eps is None or eps > 0:
-        zero = tuple(sorted(call.moving))
-        plain = tuple(Relation(zero=zero, frozen=r.frozen) for r in frozen)
-    else:  # exactly scale-invariant: the input may have any degree
-        plain = polynomial(op.signature.replace("input", "input^0"), call) or ()
+        plain = tuple(replace(r, zero=(*r.zero, "input")) for r in plain)
     return Mode(None, plain), Mode("freeze", frozen)
 
 
