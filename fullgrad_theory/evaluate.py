@@ -57,6 +57,7 @@ class Explanation(Protocol):
     @property
     def total(self) -> Tensor | None: ...
     def tokens(self, grid: tuple[int, int], /) -> Tensor: ...
+    def pixels(self, size: tuple[int, int], /) -> Tensor: ...
 
 
 class Explain(Protocol):
@@ -227,7 +228,8 @@ def _value(name: str, m: Explanation, curves: Curves | None, masks: Tensor) -> l
     """One metric of one method and policy: a value an image."""
     chosen = metric(name)
     if chosen.needs == "masks":
-        return chosen.compute(m.values, masks).tolist()
+        height, width = masks.shape[1:]
+        return chosen.compute(m.pixels((height, width)), masks).tolist()
     if chosen.needs == "curves":
         return chosen.compute(curves).tolist()
     if m.total is None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fullgrad_theory import evaluate as room
+from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.errors import FullgradError, InputError, UnknownNameError
 from fullgrad_theory.evaluate import Interval, Results, Row, evaluate
-from fullgrad_theory.metrics import METRICS, Deletion, srg
+from fullgrad_theory.metrics import METRICS, Deletion, segmentation_ap, srg, to_pixels
 
 METHODS = ("fullgrad+", "gradcam+", "random")
 
@@ -100,6 +101,9 @@ class Found:
 
     def tokens(self, grid: tuple[int, int]) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(self.values[:, None], grid)[:, 0]
+
+    def pixels(self, size: tuple[int, int]) -> Tensor:
+        return to_pixels(self.values, size)
 
 
 class Simple:
@@ -241,6 +245,19 @@ def test_no_forward_more_than_the_metrics_need() -> None:
     model.seen.clear()
     simple(model=model, samples=given, metrics=("segmentation-ap", "pointing-game"))
     assert sum(model.seen) - trial == 5  # no metric reads curves
+
+
+def test_masks_meet_maps_where_their_tokens_lie() -> None:
+    """Of 36 x 36 pixels 4 x 4 patches of 8 cover 32 x 32; a stretched map would be off by 4."""
+    given = [s for s in samples(size=36) if s.mask is not None]
+    results = evaluate(Counting(), given, "fullgrad+", "libra", ("segmentation-ap",))
+    explain = Explainer(Counting(), given[0].image[None], policy="libra")
+    stretched = []
+    for sample, row in zip(given, results, strict=True):
+        found = explain(sample.image[None], "fullgrad+", torch.tensor([row.target]))["fullgrad+"]
+        assert row.value == segmentation_ap(found.pixels(), sample.mask[None]).item()
+        stretched.append(segmentation_ap(found.values, sample.mask[None]).item() - row.value)
+    assert max(map(abs, stretched)) > 1e-3
 
 
 # ----------------------------------------------------------- resuming

@@ -138,7 +138,7 @@ def discrimination(ready: Ready, setup: Setup, folder: Path) -> Results:
             images = sample.image.expand(len(classes), -1, -1, -1)
             maps = explain(images, methods, classes, seed=100 * index)
             for method, found in maps.items():
-                for metric, value in _against(found.values, stack).items():
+                for metric, value in _against(found.pixels(), stack).items():
                     rows.append(Row(index, sample.label, -1, method, policy, metric, value))
     results = Results.of(rows, settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ def discrimination(ready: Ready, setup: Setup, folder: Path) -> Results:
     return results
 
 
-def _against(values: torch.Tensor, masks: torch.Tensor) -> dict[str, float]:
-    """Every object's map against every object's mask, (K, h, w) and (K, H, W)."""
+def _against(pixels: torch.Tensor, masks: torch.Tensor) -> dict[str, float]:
+    """Every object's map against every object's mask, both (K, H, W)."""
     count = len(masks)
     same = torch.eye(count, dtype=torch.bool)
     found: dict[str, float] = {}
     for of, compute in (("AP", segmentation_ap), ("pointing", pointing_game)):
-        pairs = compute(values.repeat_interleave(count, 0), masks.repeat(count, 1, 1))
+        pairs = compute(pixels.repeat_interleave(count, 0), masks.repeat(count, 1, 1))
         table = pairs.reshape(count, count)  # [map, mask]
         own, other = float(table[same].mean()), float(table[~same].mean())
         found |= {f"{of} own": own, f"{of} other": other, f"{of} gap": own - other}
