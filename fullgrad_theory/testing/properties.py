@@ -129,9 +129,9 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         judged.unread = [name for name in judged.unread if name in plain.unread]
         _same_verdict(mended, judged, "libra")
         _honest(graph, plan, tracker)
-        if not edited.flat:
+        if not edited.flat:  # else its degrees and leaves could be any
             _same_degrees(labels, edited, tracker)
-        _every_cut(balanced, labels, tracker, inputs)
+            _every_cut(balanced, labels, tracker, inputs)
         _file(graph, plan, balanced, inputs)
     if plain.zero or report.complete is None:
         kind = "unjudged"
