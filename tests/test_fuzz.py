@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -257,6 +261,30 @@ def test_a_campaign_goes_on_where_it_was(tmp_path: Path, cheap: list[int]) -> No
     longer.write_summary()
     assert json.loads((tmp_path / "summary.json").read_text())["examples"] == 90
     assert "90 random architectures" in (tmp_path / "summary.md").read_text()
+
+
+DEADLY = 3_000_033
+
+
+def dies_of_one(first: int, count: int) -> Tally:
+    """A chunk of which one example ends the process, as a fault in native code does."""
+    if first <= DEADLY < first + count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Tally(count, outcomes=Counter(complete=count))
+
+
+def test_a_campaign_survives_a_process_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaigns, "_SPAWN", multiprocessing.get_context("fork"))  # is quicker
+    tally = Campaign(200, jobs=2, seed=3, out=tmp_path, work=dies_of_one).run(silent)
+    assert tally.outcomes == {"complete": 199, "failed": 1} and tally.examples == 200
+    assert [f["seed"] for f in tally.failures] == [DEADLY]
+    assert (tmp_path / "failures" / f"the-process-lives-{DEADLY}.json").exists()
+    monkeypatch.setitem(globals(), "DEADLY", -1)  # and is judged anew, where it is mended
+    again = Campaign(200, jobs=2, seed=3, out=tmp_path, work=dies_of_one).run(silent)
+    assert again.outcomes == Counter(complete=200) and not again.failures
+    assert not list((tmp_path / "failures").iterdir())
 
 
 def test_a_folder_holds_one_campaign(tmp_path: Path, cheap: list[int]) -> None:

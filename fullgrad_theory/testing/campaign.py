@@ -10,8 +10,9 @@ import json
 import multiprocessing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from .strategies import (
     weight,
 )
 
+_SPAWN = multiprocessing.get_context("spawn")
 CHUNK = 20
 SPAN = 1_000_000
 """seeds of two campaigns do not meet below this many examples"""
@@ -335,13 +337,26 @@ def run_chunk(first: int, count: int) -> Tally:
     return total
 
 
+def _ended(seed: int) -> Tally:
+    """What is known of an example that ends its process: a crash of native code, or of memory."""
+    failure = {
+        "seed": seed,
+        "property": "the process lives",
+        "message": f"the process that checks random_architecture({seed}) ends without a word",
+        "program": None,
+        "source": [],
+    }
+    return Tally(1, outcomes=Counter(failed=1), failures=[failure])
+
+
 @dataclass
 class Campaign:
     """`examples` random architectures from `seed` on, in `jobs` processes.
 
     With a folder `out` its state is kept there after every chunk and taken up again; failures are
-    written to `failures/`, and judged anew where it is taken up. Raises `InputError` where the
-    folder holds another seed's campaign.
+    written to `failures/`, and judged anew where it is taken up. An example that ends its process
+    is a failure too, unless `jobs` is 1. Raises `InputError` where the folder holds another seed's
+    campaign.
     """
 
     examples: int
@@ -351,6 +366,7 @@ class Campaign:
     tally: Tally = field(default_factory=Tally)
     done: set[int] = field(default_factory=set)
     wall: float = 0.0
+    work: Callable[[int, int], Tally] = run_chunk
 
     def run(self, tick: Tick) -> Tally:
         """Work off what is not done; returns the tally of all that is."""
@@ -376,7 +392,8 @@ class Campaign:
         """What failed under an earlier state of the code counts as what it is under this one."""
         failures, self.tally.failures = self.tally.failures, []
         for failure in failures:
-            again = run_example(failure["seed"])
+            judge = self._alone if self.jobs > 1 else self.work
+            again = judge(failure["seed"], 1)
             self.tally.outcomes["failed"] -= 1
             self.tally.outcomes += again.outcomes
             self.tally.failures += again.failures
@@ -387,16 +404,38 @@ class Campaign:
         first = self.seed * SPAN
         if self.jobs == 1:
             for index, count in chunks:
-                yield index, count, run_chunk(first + index * CHUNK, count)
+                yield index, count, self.work(first + index * CHUNK, count)
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.jobs, mp_context=context) as pool:
-            running: dict[Future[Tally], tuple[int, int]] = {
-                pool.submit(run_chunk, first + i * CHUNK, n): (i, n) for i, n in chunks
+        left = dict(chunks)
+        while left:
+            try:
+                for index, found in self._in_pool(first, left):
+                    yield index, left.pop(index), found
+            except BrokenProcessPool:  # by one of those at work, which are the earliest
+                for index in list(left)[: 2 * self.jobs]:
+                    yield index, left[index], self._alone(first + index * CHUNK, left[index])
+                    del left[index]
+
+    def _in_pool(self, first: int, left: Mapping[int, int]) -> Iterator[tuple[int, Tally]]:
+        with ProcessPoolExecutor(self.jobs, mp_context=_SPAWN) as pool:
+            running: dict[Future[Tally], int] = {
+                pool.submit(self.work, first + i * CHUNK, n): i for i, n in left.items()
             }
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield *running.pop(future), future.result()
+                    yield running.pop(future), future.result()
+
+    def _alone(self, first: int, count: int) -> Tally:
+        """Some examples in a process of their own; halved until the one that ends it is alone."""
+        try:
+            with ProcessPoolExecutor(1, mp_context=_SPAWN) as pool:
+                return pool.submit(self.work, first, count).result()
+        except BrokenProcessPool:
+            if count == 1:
+                return _ended(first)
+        total = self._alone(first, count // 2)
+        total.add(self._alone(first + count // 2, count - count // 2))
+        return total
 
     # ------------------------------------------------------------------ the folder
 
