@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +28,7 @@ from ..check import check_completeness
 from ..degrees import Degrees, Fact, degrees
 from ..derive import derive_rules
 from ..errors import NonFiniteError, NoPlanError, TraceError, UnregisteredOperationError
-from ..operators import Algebra, lookup
+from ..operators import Algebra, bind, lookup, target_name
 from ..plan import Plan
 from ..report import Report, Verdict
 from ..rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
@@ -99,7 +99,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
             plain, divisors = _plainly(graph, points)
             if plain.complete:
                 plain, _ = evaluate(_perturbed(graph.fx), points, divisors)
-        unwitnessed = _same_verdict(report, plain, "plain")
+        unwitnessed = _same_verdict(graph, report, plain, "plain")
         try:
             plan = derive_rules(graph)
         except NoPlanError as error:
@@ -127,7 +127,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
                 judged, _ = evaluate(_perturbed(balanced.fx), many, divisors)
         # an input that the plan holds fixed is a note of the library's, no objection
         judged.unread = [name for name in judged.unread if name in plain.unread]
-        _same_verdict(mended, judged, "libra")
+        _same_verdict(graph, mended, judged, "libra")
         _honest(graph, plan, tracker)
         if not edited.flat:  # else its degrees and leaves could be any
             _same_degrees(labels, edited, tracker)
@@ -193,7 +193,9 @@ def _complete(report: Report) -> bool:
     return all(n.verdict in SOUND for n in report.nodes) and not others
 
 
-def _same_verdict(report: Report, found: Evaluation, which: str) -> tuple[str, ...]:
+def _same_verdict(
+    graph: ComputationGraph, report: Report, found: Evaluation, which: str
+) -> tuple[str, ...]:
     """Both say the same; returns the operations that the library objects to without a witness."""
     for problem in report.problems:
         _require("an error of th" not in problem, "no error of the library", f"{which}: {problem}")
@@ -212,9 +214,9 @@ def _same_verdict(report: Report, found: Evaluation, which: str) -> tuple[str, .
             f"{found.outputs}, without a degree are {found.wrong}, unread are {found.unread}",
         )
     named = [f"{n.name} ({n.op}): {n.reason}" for n in objections]
-    claimed = [lookup(n.op) for n in objections]
-    if objections and all(o is not None and o.algebra is Algebra.SMOOTH for o in claimed):
-        return tuple(sorted({n.op for n in objections}))  # rnn_relu: its class knows no degree
+    beyond = {n.name for n in objections if _is_beyond_witness(graph.nodes[n.name])}
+    if beyond and all(_is_behind(graph.nodes[n.name], beyond) for n in objections):
+        return tuple(sorted({n.op for n in objections if n.name in beyond}))
     if (
         objections
         and all("no witness" in n.reason for n in objections)
@@ -225,6 +227,29 @@ def _same_verdict(report: Report, found: Evaluation, which: str) -> tuple[str, .
         "verdict",
         f"{which}: independently complete, the library says {named} {report.problems}",
     )
+
+
+def _is_beyond_witness(node: fx.Node) -> bool:
+    """Whether an operation may have a degree of which its class does not know (rnn_relu, atan2), or
+    an eps below what float64 resolves."""
+    entry = lookup(target_name(node.target))
+    if entry is None:
+        return False
+    if entry.algebra is Algebra.NORMALISER:
+        return bind(node).get("eps", 1.0) is None
+    return entry.algebra in (Algebra.SMOOTH, Algebra.SINGULAR)
+
+
+def _is_behind(node: fx.Node, names: Collection[str]) -> bool:
+    """Whether a node is one of these or reads one: its degree was then only assumed."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        here = waiting.pop()
+        if here.name in names:
+            return True
+        waiting += [n for n in here.all_input_nodes if n not in seen]
+        seen.update(waiting)
+    return False
 
 
 def _same_degrees(labels: Degrees, found: Evaluation, tracker: Tracker) -> None:
