@@ -20,10 +20,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.models import VisionTransformer
+from torch import Tensor
 
 from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.data import Sample
@@ -55,19 +57,20 @@ def samples(count: int) -> list[Sample]:
     ]
 
 
-def vit(depth: int, width: int) -> nn.Module:
+def vit(depth: int, width: int) -> VisionTransformer:
     torch.manual_seed(0)
-    return timm.create_model(
+    model: Any = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=64,
         patch_size=8,
         depth=depth,
         embed_dim=width,
         num_classes=10,
-    ).eval()
+    )
+    return model.eval()
 
 
-def shapes_of(model: nn.Module, run: Callable[[], object]) -> SHAPES:
+def shapes_of(model: VisionTransformer, run: Callable[[], object]) -> SHAPES:
     """(rows, tokens) of every forward of the model while `run` runs."""
     found: SHAPES = []
     handle = model.blocks[0].register_forward_pre_hook(lambda m, a: found.append(a[0].shape[:2]))
@@ -76,7 +79,7 @@ def shapes_of(model: nn.Module, run: Callable[[], object]) -> SHAPES:
     return [(int(rows), int(tokens)) for rows, tokens in found]
 
 
-def floor(model: nn.Module, x: Tensor, shapes: SHAPES) -> None:
+def floor(model: VisionTransformer, x: Tensor, shapes: SHAPES) -> None:
     """The bare passes."""
     with torch.no_grad():
         for rows, tokens in shapes:

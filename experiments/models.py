@@ -54,7 +54,7 @@ def forwards_equal(model: torch.nn.Module, x: torch.Tensor) -> dict[str, bool]:
 def judge(name: str) -> dict[str, Any]:
     """One model's row."""
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
+    model: Any = timm.create_model(name).eval()
     start = time.perf_counter()
     structural = fgt.check_completeness(model, numeric=False)
     seconds_structural = time.perf_counter() - start

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -69,8 +70,9 @@ def peak_bytes(run: Callable[[], None], cuda: bool) -> int:
 
 def _allocations(profile: torch.profiler.profile) -> list[int]:
     """Signed allocation sizes in order of time."""
-    assert profile.profiler is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    every: list[Any] = profile.profiler.kineto_results.events()
+    events = [e for e in every if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     torch.manual_seed(0)
     cuda = options.device.startswith("cuda")
     dtype = getattr(torch, options.dtype)
-    model = timm.create_model(options.model).eval().requires_grad_(False)
+    model: Any = timm.create_model(options.model).eval().requires_grad_(False)
     model = model.to(options.device, dtype)
     size = model.pretrained_cfg["input_size"]
     x = torch.randn(options.batch, *size).to(options.device, dtype)

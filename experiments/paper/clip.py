@@ -97,6 +97,7 @@ def _retrieval(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     """`retrieval`: the image's own caption comes first among all different captions of the held-out
     images; `of 32`: among those of 32 images; `accuracy`: its largest object's name comes first
     among the names of all classes."""
+    assert isinstance(model, Clip)
     data = held_out(recipe)
     said = captions(data)
     choices = sorted(set(said))

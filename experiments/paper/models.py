@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.layers import GluMlp
@@ -25,7 +26,7 @@ IMAGE, PATCH = 64, 8
 Builder = Callable[[], nn.Module]
 
 
-def _vit(name: str, dim: int = 64, depth: int = 4, heads: int = 4, **family: object) -> nn.Module:
+def _vit(name: str, dim: int = 64, depth: int = 4, heads: int = 4, **family: Any) -> nn.Module:
     return timm.create_model(
         name,
         img_size=IMAGE,
@@ -38,7 +39,7 @@ def _vit(name: str, dim: int = 64, depth: int = 4, heads: int = 4, **family: obj
     )
 
 
-def _mixer(dim: int = 64, depth: int = 4, **family: object) -> nn.Module:
+def _mixer(dim: int = 64, depth: int = 4, **family: Any) -> nn.Module:
     """timm's entries fix the patch size, so its class is called as they call it."""
     return MlpMixer(
         num_classes=len(CLASSES),
