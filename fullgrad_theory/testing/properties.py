@@ -457,9 +457,13 @@ def _surrogate(
             held = u.detach()
             f, origin = bound.run({index: held}), bound.run({index: torch.zeros_like(held)})
             near = held.abs() < 1e-6
-            # the slope half way, to second order the chord's; at a kink there, torch's own
+            # the slope half way, to second order the chord's: torch's own at a kink there, and by
+            # differences elsewhere, as torch's own cancels near 0 (sinc)
             point = (held / 2).requires_grad_()
             (slope,) = torch.autograd.grad(bound.run({index: point}).sum(), point)
+            ahead, behind = (bound.run({index: held / 2 + h}) for h in (1e-5, -1e-5))
+            centred = (ahead - behind) / 2e-5
+            slope = torch.where((slope - centred).abs() < 1e-3, centred, slope)
             chord = (f - origin) / torch.where(near, 1.0, held)
             return origin + u * torch.where(near, slope, chord)
         if any(isinstance(e, FreezeScale) for e in edits):
