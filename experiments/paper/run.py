@@ -165,8 +165,9 @@ def render(out: Path) -> None:
         if (out / f"{study}.csv").exists()
     }
     families = tuple(ARCHITECTURES)
-    if (out / "models.json").exists():
-        made["models"] = tables.models(_read(out / "models.json"))
+    trained = _read(out / "models.json") if (out / "models.json").exists() else []
+    if trained:
+        made["models"] = tables.models(trained)
     if exact := sheets.get("completeness"):
         made["completeness"] = tables.completeness(exact, sheets.get("faithfulness"))
         figures.completeness(exact, out / "completeness.png")
@@ -192,7 +193,7 @@ def render(out: Path) -> None:
         if {*families} & {*found.models}:
             figures.paired(found, families, "AP gap", out / "discrimination.png")
     if found := sheets.get("text"):
-        scores = {m["name"]: m["scores"] for m in _read(out / "models.json")}
+        scores = {m["name"]: m["scores"] for m in trained}
         made["text"] = tables.text(found, scores[TOWERS])
     for name, draw in _drawn().items():
         source = out / ("text.npz" if name == "text" else "heatmaps.npz")
@@ -206,7 +207,9 @@ def render(out: Path) -> None:
         picture = f"\n\n![{name}]({name}.png)" if name not in ("text",) and (
             out / f"{name}.png").exists() else ""  # fmt: skip
         (out / f"{name}.md").write_text(f"{text}{picture}\n")
-    (out / "README.md").write_text(tables.index(_read(out / "run.json"), sheets, made, out) + "\n")
+    (out / "README.md").write_text(
+        tables.index(_read(out / "run.json"), trained, sheets, made, out) + "\n"
+    )
 
 
 def _drawn() -> Mapping[str, Callable[[Mapping[str, np.ndarray], Path], None]]:

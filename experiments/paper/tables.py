@@ -421,17 +421,21 @@ ABOUT = {
 
 
 def index(
-    run: Mapping[str, Any], sheets: Mapping[str, Table], made: Mapping[str, str], out: Path
+    run: Mapping[str, Any],
+    trained: Sequence[Mapping[str, Any]],
+    sheets: Mapping[str, Table],
+    made: Mapping[str, str],
+    out: Path,
 ) -> str:
     """The first page: how it was made, the sentences that matter, and where the rest is."""
-    seconds = sum(run["seconds"].values())
+    seconds, training = sum(run["seconds"].values()), sum(m["seconds"] for m in trained)
     lines = [
         "# The paper's evaluation on scenes",
         f"Written by `python -m experiments.paper.run`: {run['images']} images "
         f"({run['images with several objects']} with several objects), {len(run['models'])} "
-        f"classifiers ({', '.join(run['models'])}). Measuring took {seconds / 60:.0f} minutes with "
-        f"{run['threads']} thread(s), torch {run['torch']}; the trainings' seconds are in "
-        "[models.md](models.md).",
+        f"classifiers ({', '.join(run['models'])}). Training took {training / 60:.0f} minutes, "
+        f"measuring {seconds / 60:.0f}, with {run['threads']} thread(s) and torch {run['torch']}; "
+        "each model's training is in [models.md](models.md).",
     ]
     if run["missing"]:
         lines.append(f"**Not measured: {', '.join(run['missing'])}.**")
