@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,13 +228,17 @@ def fake_mode(graph: fx.Graph) -> Any:
 
 
 def fake_call(mode: Any, node: fx.Node) -> tuple[list[Any], Any]:
-    """The fake values of a call's operands, and what the call returns for them."""
+    """The fake values of a call's operands, and what the call returns for them.
+
+    What the call asks of sizes is no condition on the model, it would pin an open batch.
+    """
     given = {n: n.meta["val"] for n in node.all_input_nodes}
     given = pytree.tree_map_only(
         Tensor, lambda t: t if hasattr(t, "fake_mode") else mode.from_tensor(t), given
     )
     args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-    with mode, torch.no_grad():
+    sizes = getattr(mode, "shape_env", None)
+    with nullcontext() if sizes is None else sizes.suppress_guards(), mode, torch.no_grad():
         return list(given.values()), node.target(*args, **kwargs)  # type: ignore[operator]
 
 

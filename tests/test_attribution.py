@@ -662,7 +662,12 @@ def test_integrated_gradients_by_quadrature_by_hand() -> None:
         at = (x * point).requires_grad_()
         total += weight * torch.autograd.grad(model(at)[[0, 1], [1, 2]].sum(), at)[0]
     torch.testing.assert_close(found.values, (total * x).sum(1))
-    torch.testing.assert_close(found.total, (total * x).flatten(1).sum(1))
+    # the axiom's two sides: what f is at 0 counts, as a bias does
+    origin = model(torch.zeros_like(x))[[0, 1], [1, 2]]
+    torch.testing.assert_close(found.total, (total * x).flatten(1).sum(1) + origin)
+    assert (found.error < 1e-6).all()
+    rough = explain(model.bfloat16(), x.bfloat16(), "smoothgrad")  # captum's noise is float32
+    assert rough.values.isfinite().all()
 
 
 def test_smoothgrad_averages_over_noise() -> None:
@@ -712,7 +717,76 @@ def test_a_map_up_to_pixels_and_down_to_tokens() -> None:
     torch.testing.assert_close(pixels.tokens((2, 3)), summed)
 
 
+def test_pixels_outside_of_the_tokens_go_to_no_token() -> None:
+    """Of 36 x 36 pixels 2 x 2 tokens of 16 cover 32 x 32."""
+    model, x = shaken(vit(img_size=36, depth=1)), images(1, 3, 36, 36)
+    found = explain(model, x, "integrated-gradients")
+    summed = found.values[:, :32, :32].reshape(1, 2, 16, 2, 16).sum((2, 4))
+    torch.testing.assert_close(found.tokens((2, 2)), summed)
+
+
+CONVOLUTIONS = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]  # fmt: skip
+UNTILED = {
+    "tiled": (lambda: vit(img_size=32, class_token=False, global_pool="avg", fc_norm=True), 32),
+    "36 pixels, patches of 16": (
+        lambda: vit(img_size=36, class_token=False, global_pool="avg", fc_norm=True), 36,
+    ),
+    "with a class token": (lambda: vit(img_size=(36, 56)), (36, 56)),
+    "convolutions without padding": (
+        lambda: nn.Sequential(*copy.deepcopy(CONVOLUTIONS), nn.Linear(8, 5)), 32,
+    ),
+    "convolutions without padding, 35 pixels": (
+        lambda: nn.Sequential(*copy.deepcopy(CONVOLUTIONS), nn.Linear(8, 5)), 35,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNTILED)
+def test_places_where_cells_do_not_tile_the_image(what: str) -> None:
+    """What is pooled has no place, and what has one is not cut off."""
+    make, size = UNTILED[what]
+    model = shaken(make())
+    height, width = (size, size) if isinstance(size, int) else size
+    head = model.head if hasattr(model, "head") else model[-1]
+    with torch.no_grad():
+        head.bias.fill_(1000.0)
+    x = images(2, 3, height, width)
+    explainer = Explainer(model, x, "libra")
+    found = explainer(x, ["fullgrad", "embedding-x-gradient"], 3)
+    assert (found["fullgrad"].error < 1e-10).all()
+    assert float(found["fullgrad"].values.sum((1, 2)).abs().max()) < 100
+    if not hasattr(model, "head"):  # every value of the embedding has a place
+        one = found["embedding-x-gradient"]
+        torch.testing.assert_close(one.values.sum((1, 2)), one.total)
+    assert all(path != "7" for path in explainer.blocks)  # the classifier is no block
+
+
+def test_a_layer_on_2_by_2_cells_that_reach_over_the_image() -> None:
+    """Of 48 pixels strides of 32 make two cells, of which the second is cut."""
+    model = shaken(timm.create_model("resnet18", num_classes=5))
+    explainer = Explainer(model, images(1, 3, 48, 48))
+    assert explainer.anatomy.stream[explainer.anatomy.blocks[-1].output].grid == (2, 2)
+
+
 # --------------------------------------------------------------------------- errors
+
+
+def test_an_index_before_the_logits_is_not_explained() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = vit(depth=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.vit(x)
+            return logits.argmax(1), logits
+
+    model, x = shaken(Both()), images(2, 3, 32, 48)
+    for method in ("fullgrad+", "legrad", "random"):
+        ours, theirs = explain(model, x, method), explain(model.vit, x, method)
+        torch.testing.assert_close(ours.values, theirs.values)
+        assert torch.equal(ours.target, theirs.target)
 
 
 def test_an_attention_method_without_attention_names_those_that_apply() -> None:
@@ -739,6 +813,11 @@ def test_unknown_methods_targets_and_images() -> None:
         explainer(x, "genatt", torch.tensor(1.5))
     with pytest.raises(InputError, match=r"expected images of shape \(B, 3, 32, 48\)"):
         explainer(x[..., :32], "genatt")
+    with pytest.raises(InputError, match="a target is a whole number, or one a sample, not 'cat'"):
+        explainer(x, "genatt", "cat")
+    for other in (x.double(), (x * 9).to(torch.uint8)):
+        with pytest.raises(InputError, match=r"expected images of torch\.float32, as the model"):
+            explainer(other, "genatt")
     with pytest.raises(InputError, match="without images"):
         explainer(x[:0], "genatt")
     with pytest.raises(InputError, match="leave the policy out"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .anatomy import Anatomy, anatomy
 from .layout import Cell
 from .map import Map
 from .methods import METHODS, Method, Placed
-from .run import Need, Target, choose, counted, gather, targets
+from .run import Need, Target, choose, counted, first_float, gather, targets
 
 
 class Explainer:
@@ -53,7 +54,7 @@ class Explainer:
                 f"{shapes}; fullgrad() splits the output of any model"
             )
         (image,) = pytree.tree_leaves((graph.args, graph.kwargs))
-        self.model, self.shape = balanced, tuple(image.shape[1:])
+        self.model, self.shape, self.dtype = balanced, tuple(image.shape[1:]), image.dtype
         if not graph.dynamic and image.shape[0] > 1:
             raise InputError(
                 f"this model takes batches of {image.shape[0]} only; pass inputs of one image"
@@ -121,6 +122,8 @@ class Explainer:
             raise InputError(
                 f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {got}"
             )
+        if x.dtype != self.dtype:
+            raise InputError(f"expected images of {self.dtype}, as the model is, got {x.dtype}")
         if x.shape[0] == 0:
             raise InputError("a batch without images has nothing to attribute")
         if not self._one_by_one or x.shape[0] == 1:
@@ -157,30 +160,31 @@ class Explainer:
         return maps
 
     def scores(self, x: Tensor) -> Tensor:
-        """The model's output, (B, classes): the first tensor of it, where it is several."""
-        flat = pytree.tree_leaves(self.model.fx(x))
-        return next(t for t in flat if isinstance(t, Tensor))
+        """The model's output, (B, classes): the first float tensor of it, where it is several."""
+        return first_float(self.model.fx(x))
 
     def _sampled(self, name: str, x: Tensor, index: Tensor | None, seed: int) -> Placed:
         if name == "random":
             draws = [torch.Generator().manual_seed(seed + i) for i in range(x.shape[0])]
             values = torch.stack([torch.randn(self.grid, generator=g) for g in draws])
             return Placed(values.to(x), self._cell())
-        parts = []
+        parts, origins = [], []
         for i in range(x.shape[0]):
             own = None if index is None else index[i : i + 1]
             one = x[i : i + 1]
 
             def score(images: Tensor, own: Tensor | None = own) -> Tensor:
-                output = self.scores(images)
+                output = self.scores(images.to(x.dtype))  # captum's noise is of float32
                 return choose(output, own if own is None else own.expand(output.shape[0]))
 
             if name == "smoothgrad":
                 parts.append(sampled.smoothgrad(score, one, seed + i))
             else:
                 parts.append(sampled.integrated_gradients(score, one))
+                with torch.no_grad():  # what f is at 0 has no place, as a bias's share
+                    origins.append(score(torch.zeros_like(one)))
         found = torch.cat(parts)
-        total = found.flatten(1).sum(1) if name == "integrated-gradients" else None
+        total = found.flatten(1).sum(1) + torch.cat(origins) if origins else None
         return Placed(found.sum(1), (1.0, 1.0), total)
 
     def _cell(self) -> Cell:
@@ -189,11 +193,14 @@ class Explainer:
         return self.anatomy.stream[self.anatomy.blocks[0].input].cell
 
     def _map(self, name: str, found: Placed, output: Tensor, index: Tensor | None) -> Map:
-        grids = {layout.cell: layout.grid for layout in self.anatomy.stream.values()}
-        rows, columns = grids.get(found.cell, (self.shape[1], self.shape[2]))
+        image = self.shape[1], self.shape[2]
+        grids = [s.grid for s in self.anatomy.stream.values() if s.cell == found.cell]
+        rows, columns = (max(sizes) for sizes in zip(*grids, strict=True)) if grids else image
         total = None if found.total is None else found.total.to(output)
         values = found.values[:, :rows, :columns].detach()
-        return Map(name, values, output, index, total, (self.shape[1], self.shape[2]), found.cell)
+        cell = self._cell()
+        tiled = self.grid[0] * cell[0], self.grid[1] * cell[1]
+        return Map(name, values, output, index, total, image, found.cell, tiled)
 
 
 def _folded(found: Anatomy, biases: Iterable[str]) -> bool:
@@ -211,7 +218,8 @@ def _join(parts: Sequence[Map]) -> Map:
         return torch.cat([getattr(p, name) for p in parts])
 
     values, output = torch.cat([p.values for p in parts]), torch.cat([p.output for p in parts])
-    return Map(first.method, values, output, cat("target"), cat("total"), first.image, first.cell)
+    total = cat("total")
+    return replace(first, values=values, output=output, target=cat("target"), total=total)
 
 
 def explain(

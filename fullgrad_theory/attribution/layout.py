@@ -81,10 +81,16 @@ def scatter(rows: Tensor, index: Tensor, cells: int) -> Tensor:
 
 
 def layout(boxes: Tensor, shape: torch.Size, image: tuple[int, int], batch: Batch | None) -> Layout:
-    """The layout that one sample's boxes give. A box as large as the image is no place."""
+    """The layout that one sample's boxes give.
+
+    A box around all the others, next to which the image has no room for a second one, is no place:
+    a pooled vector's, a class token's behind attention. It need not reach the image's last pixels.
+    """
     height, width = image
     top, bottom, left, right = boxes.unbind(0)
-    placed = ~bx.is_empty(boxes) & ((bottom - top) * (right - left) < height * width)
+    whole = bx.union(boxes, range(boxes.dim() - 1))
+    alone = (2 * (bottom - top) > height) & (2 * (right - left) > width)
+    placed = ~bx.is_empty(boxes) & ~(alone & (boxes == whole).all(0))
     if not bool(placed.any()):
         nowhere = torch.full([1] * len(shape), -1)
         return Layout(nowhere, shape, (float(height), float(width)), (1, 1), (1, 1), batch)

@@ -13,7 +13,9 @@ from .layout import regrid
 @dataclass(frozen=True)
 class Map:
     """`values`: (B, h, w) on the token grid, or (B, H, W) pixels. `output`: (B,), the target's
-    value; `target`: (B,), its index, None where the output has one value only. `image`: (H, W).
+    value; `target`: (B,), its index, None where the output has one value only. `image`: (H, W);
+    `cell`: height and width in pixels of one of the values; `tiled`: of what the model's tokens
+    cover, from the top left, where that is not the image.
 
     `total`: (B,), the sum of all contributions where the method has a sum to keep (those of prefix
     tokens, pooled vectors and head biases among them, which have no place on the grid), else None.
@@ -26,6 +28,7 @@ class Map:
     total: Tensor | None
     image: tuple[int, int]
     cell: tuple[float, float] = (1.0, 1.0)
+    tiled: tuple[float, float] | None = None
 
     @property
     def error(self) -> Tensor | None:
@@ -48,8 +51,7 @@ class Map:
         return F.pad(up[:, 0], (0, size[1] - covered[1], 0, size[0] - covered[0]))
 
     def tokens(self, grid: tuple[int, int]) -> Tensor:
-        """(B, h, w): summed down, or spread evenly, onto a grid of h x w cells over the same part
-        of the image; the sum is kept."""
-        have = self.values.shape[1:]
-        onto = float(have[0]), float(have[1])
-        return regrid(self.values, (float(grid[0]), float(grid[1])), onto, grid)
+        """(B, h, w): summed down, or spread evenly, onto a grid of h x w cells over the part of the
+        image that the model's tokens cover; its sum is kept."""
+        height, width = self.tiled or self.image
+        return regrid(self.values, self.cell, (height / grid[0], width / grid[1]), grid)

@@ -91,8 +91,7 @@ def gather(
     run = _Gathering(balanced, labels, anatomy, {*stream}, sites, Need.BIASES in needs)
     run.garbage_collect_values = Need.LAYERS not in needs  # the head is run again
     with torch.enable_grad():
-        flat = pytree.tree_leaves(run.run(image, enable_io_processing=False))
-        output = next(t for t in flat if isinstance(t, Tensor))
+        output = first_float(run.run(image, enable_io_processing=False))
         index = targets(output, target)
         chosen = choose(output, index)
         layers = tuple(_layers(run, sites, index)) if Need.LAYERS in needs else ()
@@ -119,6 +118,12 @@ def gather(
         run.biases,
         run.bias_total,
     )
+
+
+def first_float(output: Any) -> Tensor:
+    """The first floating-point tensor of an output: an index before it is no value to explain."""
+    flat = pytree.tree_leaves(output)
+    return next(t for t in flat if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def counted(labels: Degrees) -> Degrees:
@@ -148,7 +153,10 @@ def targets(output: Tensor, target: Target) -> Tensor | None:
     batch, classes = output.shape
     if target is None:
         return output.detach().argmax(1)
-    index = torch.as_tensor(target, device=output.device)
+    try:
+        index = torch.as_tensor(target, device=output.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"a target is a whole number, or one a sample, not {target!r}") from error
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise InputError(f"a target is a whole number, not {index.dtype}")
     if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != batch):
@@ -304,8 +312,7 @@ def _head(
     kept: dict[str, Any] = {}
     for n in nodes:
         if n.op == "output":
-            flat = pytree.tree_leaves(fx.map_arg(n.args, lambda a: values.get(a, run.env.get(a))))
-            return kept, next(t for t in flat if isinstance(t, Tensor))
+            return kept, first_float(fx.map_arg(n.args, lambda a: values.get(a, run.env.get(a))))
         if n.op != "call_function" or not any(a in values for a in n.all_input_nodes):
             continue
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: values.get(a, run.env[a]))
