@@ -93,13 +93,13 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         graph = trace(model, inputs)
         report = check_completeness(graph, beside=())
         points = _points(architecture, model)
-        plain, divisors = _plainly(graph, points)
+        plain, seen, divisors = _plainly(graph, points)
         if plain.complete and not _complete(report):  # look for a witness elsewhere
             points = _points(architecture, model, many=True)
-            plain, divisors = _plainly(graph, points)
+            plain, seen, divisors = _plainly(graph, points)
             if plain.complete:
                 plain, _ = evaluate(_perturbed(graph.fx), points, divisors)
-        unwitnessed = _same_verdict(graph, report, plain, "plain")
+        unwitnessed = _same_verdict(graph, report, plain, seen, "plain")
         try:
             plan = derive_rules(graph)
         except NoPlanError as error:
@@ -127,7 +127,7 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
                 judged, _ = evaluate(_perturbed(balanced.fx), many, divisors)
         # an input that the plan holds fixed is a note of the library's, no objection
         judged.unread = [name for name in judged.unread if name in plain.unread]
-        _same_verdict(graph, mended, judged, "libra")
+        _same_verdict(graph, mended, judged, tracker, "libra")
         _honest(graph, plan, tracker)
         if not edited.flat:  # else its degrees and leaves could be any
             _same_degrees(labels, edited, tracker)
@@ -178,13 +178,13 @@ def _floats(tree: Any) -> list[Tensor]:
 
 def _plainly(
     graph: ComputationGraph, points: Sequence[Sequence[Any]]
-) -> tuple[Evaluation, frozenset[str]]:
+) -> tuple[Evaluation, Tracker, frozenset[str]]:
     """The unedited graph's evaluation, and the nodes whose literals belong to a denominator."""
     found, tracker = evaluate(graph.fx, points)
     divisors = literal_divisors(tracker)
     if divisors:
-        found, _ = evaluate(graph.fx, points, divisors)
-    return found, divisors
+        found, tracker = evaluate(graph.fx, points, divisors)
+    return found, tracker, divisors
 
 
 def _complete(report: Report) -> bool:
@@ -194,7 +194,7 @@ def _complete(report: Report) -> bool:
 
 
 def _same_verdict(
-    graph: ComputationGraph, report: Report, found: Evaluation, which: str
+    graph: ComputationGraph, report: Report, found: Evaluation, tracker: Tracker, which: str
 ) -> tuple[str, ...]:
     """Both say the same; returns the operations that the library objects to without a witness."""
     for problem in report.problems:
@@ -214,7 +214,9 @@ def _same_verdict(
             f"{found.outputs}, without a degree are {found.wrong}, unread are {found.unread}",
         )
     named = [f"{n.name} ({n.op}): {n.reason}" for n in objections]
+    unread = {n.name for n in tracker.module.graph.nodes if _ignores_an_operand(n, tracker)}
     beyond = {n.name for n in objections if _is_beyond_witness(graph.nodes[n.name])}
+    beyond |= {n.name for n in objections if n.name in unread}
     if beyond and all(_is_behind(graph.nodes[n.name], beyond) for n in objections):
         return tuple(sorted({n.op for n in objections if n.name in beyond}))
     if (
@@ -238,6 +240,15 @@ def _is_beyond_witness(node: fx.Node) -> bool:
     if entry.algebra is Algebra.NORMALISER:
         return bind(node).get("eps", 1.0) is None
     return entry.algebra in (Algebra.SMOOTH, Algebra.SINGULAR)
+
+
+def _ignores_an_operand(node: fx.Node, tracker: Tracker) -> bool:
+    """Whether a live operand carries no gradient here: the slope of prelu, of positive values."""
+    if node.op != "call_function" or not any(tracker.live[node]):
+        return False
+    pieces = _pieces(tracker.values[0][node])
+    carried = {i: torch.ones_like(v) if is_real(v) else None for i, v in enumerate(pieces)}
+    return any(not bool(g.any()) for _, _, g in _backward(node, tracker, carried))
 
 
 def _is_behind(node: fx.Node, names: Collection[str]) -> bool:
@@ -458,12 +469,14 @@ def _surrogate(
             f, origin = bound.run({index: held}), bound.run({index: torch.zeros_like(held)})
             near = held.abs() < 1e-6
             # the slope half way, to second order the chord's: torch's own at a kink there, and by
-            # differences elsewhere, as torch's own cancels near 0 (sinc)
+            # differences where it is smooth, as torch's own cancels near 0 (sinc)
             point = (held / 2).requires_grad_()
             (slope,) = torch.autograd.grad(bound.run({index: point}).sum(), point)
-            ahead, behind = (bound.run({index: held / 2 + h}) for h in (1e-5, -1e-5))
-            centred = (ahead - behind) / 2e-5
-            slope = torch.where((slope - centred).abs() < 1e-3, centred, slope)
+            steps = (1e-5, -1e-5, 2e-5, -2e-5)
+            a, b, c, d = (bound.run({index: held / 2 + h}) for h in steps)
+            centred, wide = (a - b) / 2e-5, (c - d) / 4e-5
+            smooth = ((slope - centred).abs() < 1e-3) & ((wide - centred).abs() < 1e-8)
+            slope = torch.where(smooth, centred, slope)
             chord = (f - origin) / torch.where(near, 1.0, held)
             return origin + u * torch.where(near, slope, chord)
         if any(isinstance(e, FreezeScale) for e in edits):
