@@ -174,7 +174,7 @@ def test_the_independent_verdict_sees_faults() -> None:
             continue
         if not plan.edits or len(graph.outputs) > 1:
             continue
-        _, divisors = properties._plainly(graph, points)
+        _, _, divisors = properties._plainly(graph, points)
         right, _ = evaluate(fgt.balance(graph, policy=plan).fx, points, divisors)
         if right.zero or right.flat:
             continue
