@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import FullgradError, InputError
+from .data.sample import need_one_size
+from .errors import FullgradError, InputError, NonFiniteError
 from .metrics import FRACTIONS, METRICS, Curves, Deletion, metric
 from .plan import Plan
 from .policies import Policy
@@ -73,8 +75,26 @@ MakeExplain = Callable[[nn.Module, Tensor, AnyPolicy], Explain]
 
 
 @dataclass(frozen=True)
+class _Batch:
+    """Samples that were read: `images` (B, 3, H, W), `labels` (B,), `masks` (B, h, w)."""
+
+    indices: range
+    images: Tensor
+    labels: Tensor
+    masks: Tensor
+
+    @property
+    def digest(self) -> str:
+        return _digest([self.images, self.labels, self.masks])
+
+
+Read = Callable[[int], _Batch]
+"""Where a batch starts -> the batch."""
+
+
+@dataclass(frozen=True)
 class _Task:
-    samples: Samples
+    read: Read
     methods: tuple[str, ...]
     metrics: tuple[str, ...]
     fractions: tuple[float, ...]
@@ -105,9 +125,11 @@ def evaluate(
     A batch of samples costs one forward, what each policy's `Explainer` needs (one forward and
     backward for all gradient methods), and the forwards of the deletion curves, `forward_batch`
     images at a time. `grid`, `drop`: see `Deletion`. With a `folder`, batches are kept as they are
-    done and read when it is called again. Under torchrun, processes share the batches, and all
-    return the results of one process. A metric that is not defined for a method or an image is NaN.
-    Raises `InputError` for a `folder` with other results, and what `Explainer` raises.
+    done; called again, it reads their samples and compares them, and computes the rest. Under
+    torchrun, processes share the batches, and all return the results of one process. A metric that
+    is not defined for a method or an image is NaN.
+    Raises `InputError` for a `folder` with other results and for samples that do not fit,
+    `NonFiniteError` for NaN, and what `Explainer` raises.
     """
     names = tuple([metrics] if isinstance(metrics, str) else metrics)
     methods = tuple([methods] if isinstance(methods, str) else methods)
@@ -116,12 +138,13 @@ def evaluate(
     _check(samples, methods, tuple(policies), names, target, batch_size, forward_batch)
     module = as_module(model)
     device, dtype = home(module)
-    example = samples[0].image[None].to(device, dtype)
+    first = _sample(samples, 0).image
+    _need_finite(first[None], "the image", range(1))
+    example = first[None].to(device, dtype)
     deletion = Deletion(module, example, grid, drop)
     settings = {
         "model": _fingerprint(module),
         "samples": len(samples),
-        "data": _digest([samples[0].image, samples[len(samples) - 1].image]),
         "methods": methods,
         "policies": {name: _text(policy) for name, policy in named.items()},
         "metrics": names,
@@ -132,16 +155,23 @@ def evaluate(
         "batch_size": batch_size,
     }
     settings = json.loads(json.dumps(settings))
+
+    def read(start: int) -> _Batch:
+        return _read(samples, range(start, min(start + batch_size, len(samples))), first)
+
     with processes() as here:
-        kept = _Kept(Path(folder), settings, here.rank) if folder is not None else None
+        kept = None
+        if folder is not None:
+            kept = _Kept(Path(folder), settings, deletion.predict(example)[0], here.rank)
         done = _together(here, kept.read if kept and here.rank == 0 else dict)[0]
+        _together(here, lambda: _need_same(done, read, here))
         starts = [s for s in range(0, len(samples), batch_size) if s not in done]
         mine = starts[here.rank :: here.count]
 
-        def work() -> dict[int, list[Row]]:
+        def work() -> dict[int, Results]:
             make = explainer or _explainer()
             task = _Task(
-                samples,
+                read,
                 methods,
                 names,
                 tuple(fractions),
@@ -151,11 +181,13 @@ def evaluate(
                 forward_batch,
             )
             with _shown(here) as tick:
-                return dict(_batches(task, mine, batch_size, kept, tick))
+                return dict(_batches(task, mine, kept, tick))
 
-        for rows in _together(here, work if mine else dict):
-            done |= rows
-    return Results.of((row for start in sorted(done) for row in done[start]), settings)
+        for made in _together(here, work if mine else dict):
+            done |= made
+    parts = [done[start] for start in sorted(done)]
+    data = hashlib.sha256("".join(p.settings["data"] for p in parts).encode()).hexdigest()[:16]
+    return Results.of((row for part in parts for row in part), settings | {"data": data})
 
 
 def _together(here: Processes, work: Callable[[], T]) -> list[T]:
@@ -175,25 +207,92 @@ def _together(here: Processes, work: Callable[[], T]) -> list[T]:
 
 
 def _batches(
-    task: _Task, starts: Sequence[int], size: int, kept: _Kept | None, tick: Tick
-) -> Iterator[tuple[int, list[Row]]]:
-    """Rows by batch, each kept as soon as it is there."""
+    task: _Task, starts: Sequence[int], kept: _Kept | None, tick: Tick
+) -> Iterator[tuple[int, Results]]:
+    """Results by batch, each kept as soon as it is there, with the digest of its samples."""
     for count, start in enumerate(starts):
         tick("batches", count, len(starts))
-        rows = _rows(task, range(start, min(start + size, len(task.samples))))
+        batch = task.read(start)
+        results = Results.of(_rows(task, batch), {"data": batch.digest})
         if kept is not None:
-            kept.write(start, rows)
-        yield start, rows
+            kept.write(start, results)
+        yield start, results
 
 
-def _rows(task: _Task, indices: range) -> list[Row]:
+def _need_same(done: Mapping[int, Results], read: Read, here: Processes) -> None:
+    """Batches that were kept are of the very samples given now; each process reads its share.
+
+    Reading them again is cheap beside what made them, and nothing less tells: labels and masks may
+    have changed, or any image.
+    """
+    mine = sorted(done)[here.rank :: here.count]
+    with _shown(here) as tick:
+        for count, start in enumerate(mine):
+            tick("comparing what was kept", count, len(mine))
+            batch = read(start)
+            if batch.digest != done[start].settings["data"]:
+                raise InputError(
+                    f"the folder's batch-{start:08d}.json was made of other images, labels or "
+                    f"masks than samples {start} to {batch.indices[-1]} have now: choose another "
+                    "folder, or remove this one; samples drawn anew at each reading cannot be kept"
+                )
+
+
+def _sample(samples: Samples, index: int) -> Sample:
+    """One sample; an error where it is not made like one."""
+    sample = samples[index]
+    lacking = [name for name in ("image", "label", "mask") if not hasattr(sample, name)]
+    if lacking:
+        raise InputError(
+            f"sample {index} is a {type(sample).__name__} without {', '.join(lacking)}; every "
+            "sample has an image, a label and a mask (or None), as data.Sample does"
+        )
+    if not isinstance(sample.image, Tensor) or sample.image.dim() != 3:
+        shape = tuple(getattr(sample.image, "shape", ())) or type(sample.image).__name__
+        raise InputError(f"sample {index} needs an image tensor (3, H, W), its image is {shape}")
+    return sample
+
+
+def _read(samples: Samples, indices: range, first: Tensor) -> _Batch:
+    """A batch; its images are of the size of the `first` of all, for which the model was tried."""
+    found = [_sample(samples, i) for i in indices]
+    images = [s.image for s in found]
+    need_one_size([first, *images], "images")
+    x = torch.stack(images)
+    _need_finite(x, "the image", indices)
+    labels = torch.tensor([int(s.label) for s in found])
+    return _Batch(indices, x, labels, _masks(found))
+
+
+def _need_finite(values: Tensor, what: str, indices: range) -> None:
+    """`values`: one row a sample."""
+    broken = ~values.detach().flatten(1).isfinite().all(1)
+    if bool(broken.any()):
+        raise NonFiniteError(
+            f"{what} of sample {indices[int(broken.nonzero()[0])]} holds NaN or Inf; leave the "
+            "sample out, or look at what made it"
+        )
+
+
+def _need_labels(labels: Tensor, classes: int, indices: range) -> None:
+    """Every label is a class: a negative one would silently count from the last."""
+    for index, label in zip(indices, labels.tolist(), strict=True):
+        if not 0 <= label < classes:
+            raise InputError(
+                f"sample {index} has the label {label}, the model {classes} classes: labels must "
+                f"be 0 to {classes - 1} for target='label'"
+            )
+
+
+def _rows(task: _Task, batch: _Batch) -> list[Row]:
     """One batch: explain it under every policy, delete by all maps at once, read the metrics."""
-    samples = [task.samples[i] for i in indices]
+    indices, labels, masks = batch.indices, batch.labels, batch.masks
     device, dtype = home(task.deletion.model)
-    x = torch.stack([s.image for s in samples]).to(device, dtype)
-    labels = torch.tensor([int(s.label) for s in samples])
-    masks = _masks(samples)
+    x = batch.images.to(device, dtype)
     output = task.deletion.predict(x, task.forward_batch)
+    _need_finite(output, "the model's output", indices)
+    if task.by_label:
+        _need_labels(labels, output.shape[1], indices)
     target = labels.to(device) if task.by_label else output.argmax(1)
     maps: dict[tuple[str, str], Explanation] = {}
     for policy, explain in task.explains.items():
@@ -238,8 +337,11 @@ def _value(name: str, m: Explanation, curves: Curves | None, masks: Tensor) -> l
 
 
 def _masks(samples: Sequence[Sample]) -> Tensor:
-    """(B, H, W); empty where a sample has none."""
-    empty = torch.zeros(samples[0].image.shape[-2:], dtype=torch.bool)
+    """(B, h, w), of the image's size or of the masks' own; empty where a sample has none."""
+    given = [s.mask.bool().cpu() for s in samples if s.mask is not None]
+    size = given[0].shape if given else samples[0].image.shape[-2:]
+    empty = torch.zeros(size, dtype=torch.bool)
+    need_one_size([empty, *given], "masks")
     return torch.stack([empty if s.mask is None else s.mask.bool().cpu() for s in samples])
 
 
@@ -255,34 +357,60 @@ def _shown(here: Processes) -> Iterator[Tick]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Batches in a folder: `settings.json`, and a file of rows for each batch, by its start."""
+    """Batches in a folder: `settings.json`, and a file of results for each batch, by its start.
+
+    `output`: the model's for the first sample. It is kept with the settings, because a digest of
+    the parameters knows nothing of the code that uses them; and compared as numbers, because other
+    devices or threads round otherwise.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
+    output: Tensor
     rank: int
 
-    def read(self) -> dict[int, list[Row]]:
+    def read(self) -> dict[int, Results]:
         """What is there already; an error where it was made in another way."""
         file = self.folder / "settings.json"
-        if file.exists():
-            held = json.loads(file.read_text())
-            differing = sorted(k for k, v in self.settings.items() if held.get(k) != v)
-            if differing:
-                raise InputError(
-                    f"{self.folder} holds results of another evaluation; it differs in "
-                    f"{', '.join(differing)}: choose another folder, or remove this one"
-                )
         batches = sorted(self.folder.glob("batch-*.json"))
-        return {int(b.stem.split("-")[1]): list(Results.load(b)) for b in batches}
+        if not batches and not file.exists():
+            return {}
+        instead = "choose another folder, or remove this one"
+        try:
+            held = dict(json.loads(file.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"{file} holds no settings: {error}; {instead}") from error
+        found = {int(b.stem.split("-")[1]): Results.load(b) for b in batches}
+        if "output" not in held or any("data" not in part.settings for part in found.values()):
+            raise InputError(
+                f"{self.folder} was kept by an earlier version, without what tells whether its "
+                f"results are of this model and of these samples: {instead}"
+            )
+        differing = sorted(k for k, v in self.settings.items() if held.get(k) != v)
+        if not differing and not self._same_output(held["output"]):
+            differing = ["the model's output for the first sample"]
+        if differing:
+            raise InputError(
+                f"{self.folder} holds results of another evaluation; it differs in "
+                f"{', '.join(differing)}: {instead}"
+            )
+        return found
 
-    def write(self, start: int, rows: Sequence[Row]) -> None:
+    def _same_output(self, held: Sequence[float]) -> bool:
+        """Up to the root of the dtype's precision: far above rounding, far below another model."""
+        then, now = torch.tensor(held, dtype=torch.float64), self.output.double().cpu()
+        bound = torch.finfo(self.output.dtype).eps ** 0.5 * now.abs().max()
+        return then.shape == now.shape and bool((then - now).abs().max() <= bound)
+
+    def write(self, start: int, results: Results) -> None:
         """A file is there whole or not at all: it is written beside, and then named."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"partial-{self.rank}.json"
         if not (self.folder / "settings.json").exists():
-            partial.write_text(json.dumps(self.settings, indent=1))
+            kept = {**self.settings, "output": self.output.tolist()}
+            partial.write_text(json.dumps(kept, indent=1))
             os.replace(partial, self.folder / "settings.json")
-        Results.of(rows).save(partial)
+        results.save(partial)
         os.replace(partial, self.folder / f"batch-{start:08d}.json")
 
 
@@ -314,8 +442,11 @@ def _check(
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """The model's class and a digest of its parameters and buffers."""
-    return f"{type(model).__name__} {_digest([*model.parameters(), *model.buffers()])}"
+    """The model's class, and digests of its modules as they print and of what they hold."""
+    printed = re.sub(r" at 0x[0-9a-f]+", "", str(model))  # addresses change from run to run
+    modules = hashlib.sha256(printed.encode()).hexdigest()[:8]
+    held = _digest([*model.parameters(), *model.buffers()])
+    return f"{type(model).__name__} {modules} {held}"
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

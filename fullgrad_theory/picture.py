@@ -27,12 +27,13 @@ class Seen:
 
 
 def read(path: Path) -> Any:
-    """An image file as a PIL image in RGB; raises `InputError` where it is none."""
-    from PIL import Image, UnidentifiedImageError
+    """An image file as a PIL image in RGB, upright; raises `InputError` where it is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
+            # cameras store how they were held beside the pixels
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{str(path)!r} is not an image that can be read: {error}") from error
 

@@ -198,6 +198,11 @@ def test_collate_wants_one_size() -> None:
         collate([Scenes(1, size=32)[0], Scenes(1, size=48)[0]])
     with pytest.raises(InputError, match="no sample"):
         collate([])
+    image = Scenes(1, size=32)[0].image
+    masks = [torch.zeros(32, 32, dtype=torch.bool), torch.zeros(16, 16, dtype=torch.bool)]
+    with pytest.raises(InputError, match=r"masks of one size, got \(16, 16\), \(32, 32\)"):
+        collate([Sample(image, 0, mask) for mask in masks])
+    assert collate([*(Sample(image, 0, m) for m in masks), Sample(image, 0)]).masks is None
 
 
 # --------------------------------------------------------------------------- real data
@@ -371,6 +376,37 @@ def test_masks_go_through_the_transform_with_the_image(tmp_path: Path, make) -> 
         assert 0.02 < sample.mask.float().mean() < 0.98
         seen.add(int(sample.mask.sum()))
     assert len(seen) == 1 if make is eval_transform else len(seen) > 1
+
+
+def turn(path: Path) -> None:
+    """Says in the file that the camera was held on its side; the pixels stay as they are."""
+    with Image.open(path) as opened:
+        exif = opened.getexif()
+        exif[0x0112] = 6
+        opened.load()
+        opened.save(path, format="JPEG", exif=exif)
+
+
+def test_pixels_are_read_as_they_are_stored_so_that_masks_lie_on_them(tmp_path: Path) -> None:
+    pets(tmp_path)
+    images, instances, _ = coco(tmp_path / "coco")
+    picture(tmp_path / "validation" / "n01443537" / "a.JPEG")
+    drawn = np.zeros((30, 40, 3), np.uint8)
+    drawn[5:20, 10:30, 0] = 1
+    target = tmp_path / "validation-segmentation" / "n01443537" / "a.png"
+    target.parent.mkdir(parents=True)
+    Image.fromarray(drawn).save(target)
+    for path in tmp_path.rglob("*.*"):
+        if path.suffix in (".jpg", ".JPEG"):
+            turn(path)
+            with Image.open(path) as opened:
+                assert opened.getexif()[0x0112] == 6
+    for data in (OxfordPets(tmp_path), Coco(images, instances), ImageNetS(tmp_path)):
+        sample = data[0]
+        assert sample.mask is not None and torch.equal(sample.mask, box_mask())
+        assert sample.image.shape == (3, 30, 40)
+        assert ((sample.image[0] > 0) != sample.mask).float().mean() < 0.02  # JPEG, at the edge
+    assert ImageFolder(tmp_path / "validation")[0].image.shape == (3, 30, 40)
 
 
 def test_a_transform_without_a_tensor(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fullgrad_theory import evaluate as room
 from fullgrad_theory.attribution import Explainer
-from fullgrad_theory.errors import FullgradError, InputError, UnknownNameError
+from fullgrad_theory.errors import FullgradError, InputError, NonFiniteError, UnknownNameError
 from fullgrad_theory.evaluate import Interval, Results, Row, evaluate
 from fullgrad_theory.metrics import METRICS, Deletion, segmentation_ap, srg, to_pixels
 
@@ -302,6 +303,155 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
         simple(folder=tmp_path, metrics="srg", model=other)
 
 
+@pytest.mark.parametrize("changed", ["image", "label", "mask", "no mask"])
+def test_kept_batches_of_other_samples_are_refused(changed: str, tmp_path: Path) -> None:
+    """One sample in the middle is another; neither the first nor the last is."""
+    given = samples()
+    simple(folder=tmp_path, samples=given, metrics="segmentation-ap")
+    sample = given[3]
+    given[3] = {
+        "image": replace(sample, image=sample.image + 1e-6),
+        "label": replace(sample, label=1),
+        "mask": replace(sample, mask=~sample.mask),
+        "no mask": replace(sample, mask=None),
+    }[changed]
+    Simple.calls = 0
+    with pytest.raises(InputError, match=r"batch-00000002\.json .* samples 2 to 3 have now"):
+        simple(folder=tmp_path, samples=given, metrics="segmentation-ap")
+    assert Simple.calls == 0
+    fresh = simple(samples=given, metrics="segmentation-ap")
+    assert fresh.settings["data"] != simple(metrics="segmentation-ap").settings["data"]
+
+
+class Acting(Counting):
+    """The same parameters and modules as `Counting`; `act` is called by its code alone."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_model_of_the_same_parameters_is_told_by_its_modules_and_its_output(
+    tmp_path: Path,
+) -> None:
+    simple(folder=tmp_path / "modules", metrics="srg")
+    other = Counting()
+    for block in other.vit.blocks:
+        block.mlp[1] = nn.ReLU().eval()
+    with pytest.raises(InputError, match="differs in model:"):
+        simple(folder=tmp_path / "modules", metrics="srg", model=other)
+    simple(folder=tmp_path / "code", metrics="srg", model=Acting())
+    for act in (torch.tanh, lambda x: x * 1.01, lambda x: x[:, :2]):
+        with pytest.raises(InputError, match="differs in the model's output for the first sample"):
+            simple(folder=tmp_path / "code", metrics="srg", model=Acting(act))
+    Simple.calls = 0
+    simple(folder=tmp_path / "code", metrics="srg", model=Acting(lambda x: x * (1 + 1e-5)))
+    assert Simple.calls == 0  # as another device may round
+
+
+def test_addresses_in_what_a_module_prints_do_not_tell_models_apart() -> None:
+    class Printing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of = object()
+
+        def extra_repr(self) -> str:
+            return f"of={self.of}"
+
+    pair = Printing(), Printing()
+    assert str(pair[0]) != str(pair[1])
+    assert room._fingerprint(pair[0]) == room._fingerprint(pair[1])
+
+
+def test_folders_that_say_too_little_or_nothing_are_refused(tmp_path: Path) -> None:
+    simple(folder=tmp_path, metrics="srg")
+    settings, batch = tmp_path / "settings.json", tmp_path / "batch-00000002.json"
+    held = {file: file.read_text() for file in (settings, batch)}
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            simple(folder=tmp_path, metrics="srg")
+        for file, text in held.items():
+            file.write_text(text)
+
+    batch.write_text(json.dumps(json.loads(held[batch]) | {"settings": {}}))
+    refused("kept by an earlier version")
+    old = json.loads(held[settings])
+    del old["output"]
+    settings.write_text(json.dumps(old))
+    refused("kept by an earlier version")
+    settings.write_text("{")
+    refused(r"settings\.json holds no settings: .*remove this one")
+    settings.write_text("7")
+    refused(r"settings\.json holds no settings")
+    settings.unlink()
+    refused(r"settings\.json holds no settings: .*No such file")
+    batch.write_text("{")
+    refused(r"batch-00000002\.json does not hold results")
+    simple(folder=tmp_path, metrics="srg")
+
+
+# ----------------------------------------------------------- samples
+
+
+def test_samples_that_do_not_fit_are_named() -> None:
+    given = samples()
+    image, mask = given[3].image, given[3].mask
+
+    def refused(message: str, sample: object, kind: type = InputError, **options: object) -> None:
+        changed = [*given[:3], sample, given[4]]
+        Simple.calls = 0
+        for size in (1, 5):  # alone in its batch, and among others
+            with pytest.raises(kind, match=message):
+                simple(samples=changed, metrics="completeness-error", batch_size=size, **options)
+        assert Simple.calls in (0, 2 * 3)  # of the batches before it
+
+    refused("sample 3 is a tuple without image, label, mask", (image, 1))
+    refused("sample 3 needs an image tensor", Sample(image.numpy(), 1, None))  # type: ignore[arg-type]
+    refused(r"sample 3 .*\(1, 3, 32, 32\)", Sample(image[None], 1, None))
+    refused("images of one size", Sample(image[:, :24], 1, None))
+    broken = image.clone()
+    broken[1, 2, 3] = math.nan
+    refused("image of sample 3 holds NaN", Sample(broken, 1, mask), NonFiniteError)
+    for label in (-1, 3):
+        wrong = Sample(image, label, mask)
+        refused(f"sample 3 has the label {label}, .* 0 to 2", wrong, target="label")
+        kept = simple(samples=[wrong], metrics="completeness-error")  # nothing reads it as a class
+        assert kept.columns["label"][0] == label
+    with pytest.raises(InputError, match="masks of one size"):
+        simple(samples=[given[0], replace(given[3], mask=mask[:8])])
+    with pytest.raises(NonFiniteError, match="image of sample 0 holds NaN"):
+        simple(samples=[Sample(broken, 1, mask)])
+    with pytest.raises(InputError, match="sample 0 is a tuple"):
+        simple(samples=[(image, 1)])
+
+
+def test_an_output_that_is_not_finite_is_met_at_its_sample() -> None:
+    model = Acting(lambda x: x / (x[:, :1] < 1e9))
+    assert len(simple(model=model, metrics="completeness-error")) == 5 * 2 * 2
+    model.act = lambda x: x * math.nan
+    for metrics in ("srg", "completeness-error"):
+        with pytest.raises(NonFiniteError, match="the model's output of sample 0 holds NaN"):
+            simple(model=model, metrics=metrics)
+
+
+def test_masks_may_have_a_size_of_their_own() -> None:
+    small = [replace(s, mask=None if s.mask is None else s.mask[::2, ::2]) for s in samples()]
+    found = simple(samples=small, metrics="segmentation-ap").values(
+        "ixg", "plain", "segmentation-ap"
+    )
+    assert np.isnan(found).tolist() == [False, True, False, False, False]
+
+
+def test_a_model_in_bfloat16_has_every_metric() -> None:
+    results = simple(2, model=Counting().bfloat16())
+    for name in METRICS:
+        assert np.isfinite(results.values("ixg", "plain", name)[0]), name
+
+
 def assert_same(a: Results, b: Results) -> None:
     """Equal bit for bit, NaN included."""
     assert [r[:-1] for r in a] == [r[:-1] for r in b]
@@ -320,6 +470,12 @@ import test_evaluate as t
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 t.simple(folder=folder / "kept").save(folder / f"kept-{rank}.json")
 t.simple().save(folder / f"gone-{rank}.json")
+changed = t.samples()
+changed[3] = t.replace(changed[3], label=2)  # in the second batch, which process 1 compares
+try:
+    t.simple(samples=changed, folder=folder / "kept")
+except Exception as error:
+    (folder / f"stale-{rank}").write_text(f"{type(error).__name__}: {error}")
 broken = t.samples()
 broken[2] = t.Sample(torch.zeros(3, 8, 8), 0, None)  # in the second batch: that of process 1
 try:
@@ -352,9 +508,13 @@ def test_two_processes_have_the_numbers_of_one(tmp_path: Path) -> None:
     Simple.calls = 0
     assert_same(simple(folder=tmp_path / "kept"), alone)  # one process reads what two have written
     assert Simple.calls == 0
-    assert (tmp_path / "error-1").read_text().startswith("RuntimeError: stack expects each tensor")
-    told = "FullgradError: process 1 of 2 failed: RuntimeError: stack expects each tensor"
-    assert (tmp_path / "error-0").read_text().startswith(told)
+    for name, own in (
+        ("stale", "InputError: the folder's batch-00000002.json was made of other images"),
+        ("error", "InputError: a batch needs images of one size"),
+    ):
+        assert (tmp_path / f"{name}-1").read_text().startswith(own)
+        told = f"FullgradError: process 1 of 2 failed: {own}"
+        assert (tmp_path / f"{name}-0").read_text().startswith(told)
 
 
 # ----------------------------------------------------------- the library's own explainer

@@ -117,6 +117,17 @@ def test_what_is_refused(image: Path, arguments: tuple[str, ...], code: int, mes
     assert not Path("maps.png").exists()
 
 
+def test_a_picture_is_seen_as_the_camera_was_held(tmp_path: Path) -> None:
+    stored = Image.new("RGB", (64, 32), (0, 0, 0))
+    stored.paste((255, 0, 0), (0, 0, 16, 16))  # top left as stored, top right once upright
+    exif = stored.getexif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = picture.read(tmp_path / "turned.jpg")
+    assert upright.size == (32, 64) and upright.mode == "RGB"
+    assert upright.getpixel((26, 6))[0] > 200 > 50 > upright.getpixel((6, 6))[0]
+
+
 def test_an_unreadable_image_is_met_before_the_model_is_made(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     path.write_text("not an image")

@@ -279,6 +279,15 @@ def test_a_removal_that_leaks_is_refused() -> None:
     assert "not tokens: removed patches still change the output" in deletion.describe
 
 
+def test_a_way_whose_output_is_not_finite_is_refused() -> None:
+    model = build("vit")
+    x = images(model, 2)
+    assert _refusal(Deletion(model, x)._remove, x, (8, 8)) is None
+    deletion = Deletion(model, x / 0)
+    assert deletion.way == "pixels"
+    assert "not tokens: the output for the patches that stay is not finite" in deletion.describe
+
+
 def test_the_trial_notices_a_wrong_order_of_patches() -> None:
     model = build("vit")
     x = images(model, 2)
@@ -569,6 +578,16 @@ def test_an_empty_mask_has_no_answer() -> None:
     masks[2] = False
     for metric in (metrics.segmentation_ap, metrics.pointing_game):
         assert metric(values, masks).isnan().tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_maps_of_any_dtype_are_ranked_as_they_are(dtype: torch.dtype) -> None:
+    values, masks = blobs()
+    pixels = metrics.to_pixels(values, tuple(masks.shape[1:])).to(dtype)
+    for metric in (metrics.segmentation_ap, metrics.pointing_game):
+        torch.testing.assert_close(metric(pixels, masks), metric(pixels.double(), masks))
+    fine = torch.zeros_like(masks, dtype=torch.float64).add_(1).add_(masks * 1e-12)
+    assert metrics.segmentation_ap(fine, masks).nanmean() == 1  # float32 would see ties
 
 
 def test_masks_that_do_not_fit_are_errors() -> None:

@@ -39,16 +39,23 @@ class Batch:
         return len(self.labels)
 
 
+def need_one_size(tensors: Sequence[Tensor], what: str) -> None:
+    """Raises `InputError` unless there are tensors and all have one shape."""
+    shapes = {tuple(t.shape) for t in tensors}
+    if len(shapes) != 1:
+        found = ", ".join(map(str, sorted(shapes))) or "no sample at all"
+        raise InputError(f"a batch needs {what} of one size, got {found}; resize in the transform")
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples of one size as a batch; the `collate_fn` of a `torch.utils.data.DataLoader`.
 
-    Raises `InputError` for none, or for images of different sizes.
+    Raises `InputError` for none, or for images or masks of different sizes.
     """
-    shapes = {tuple(s.image.shape) for s in samples}
-    if len(shapes) != 1:
-        found = ", ".join(map(str, sorted(shapes))) or "no sample at all"
-        raise InputError(f"a batch needs images of one size, got {found}; resize in the transform")
     masks = [s.mask for s in samples if s.mask is not None]
+    need_one_size([s.image for s in samples], "images")
+    if len(masks) == len(samples):
+        need_one_size(masks, "masks")
     return Batch(
         torch.stack([s.image for s in samples]),
         torch.tensor([s.label for s in samples]),

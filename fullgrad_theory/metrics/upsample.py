@@ -18,7 +18,10 @@ def to_pixels(values: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def on_masks(values: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps in the size of the masks (B, H, W), both on the CPU; errors where they do not fit."""
+    """Maps in the size of the masks (B, H, W), both on the CPU; errors where they do not fit.
+
+    The maps are float64: numpy knows no bfloat16, and nothing is lost.
+    """
     if masks.dim() != 3 or values.dim() != 3 or len(values) != len(masks):
         raise InputError(
             f"maps (B, h, w) and masks (B, H, W) are needed for the same B images, got "
@@ -27,4 +30,4 @@ def on_masks(values: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(values.isfinite().all()):
         raise InputError("the maps hold NaN or Inf; a ranking of pixels needs finite values")
     height, width = masks.shape[1:]
-    return to_pixels(values.detach(), (height, width)).cpu(), masks.bool().cpu()
+    return to_pixels(values.detach(), (height, width)).cpu().double(), masks.bool().cpu()
