@@ -80,11 +80,18 @@ class Explainer:
         return tuple(name for name, method in METHODS.items() if self._lacks(method) is None)
 
     def _lacks(self, method: Method) -> str | None:
-        attention = {Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS} & method.needs
-        if attention and not self.anatomy.attention:
-            return "attention between tokens"
-        if (attention or Need.BLOCKS in method.needs) and not self.anatomy.blocks:
+        found, attention = self.anatomy, {Need.ATTENTION, Need.ATTENTION_GRADIENT} & method.needs
+        if (attention or Need.LAYERS in method.needs) and not found.attention:
+            return f"attention between tokens in a form that is recognised ({found.forms})"
+        if (attention or method.needs & {Need.LAYERS, Need.BLOCKS}) and not found.blocks:
             return "blocks on a grid of tokens"
+        if Need.LAYERS in method.needs and not found.layers:
+            return "attention in blocks whose output is as the last one's"
+        on_stream = any(site.step is not None for site in found.attention)
+        if attention and method.name != "raw-attention" and not on_stream:
+            return "attention whose queries are the tokens of the residual stream"
+        if method.name == "tokentm" and not found.steady:
+            return "residual branches that keep the number of tokens and channels"
         return None
 
     def _methods(self, names: str | Sequence[str]) -> dict[str, Method]:

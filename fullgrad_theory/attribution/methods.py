@@ -5,6 +5,7 @@ Signed throughout: no method cuts off negative values but where its definition d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -183,17 +184,34 @@ Mix = Callable[[Weights], Tensor]
 
 @dataclass(frozen=True)
 class _Row:
-    """Relevance of tokens, (B, n), and how they lie in the image."""
+    """Relevance of tokens, (B, n), how they lie in the image, and each one's cell, (n,)."""
 
     tokens: Tensor
     layout: Layout
+    cells: Tensor
 
-    def onto(self, layout: Layout, count: int) -> Tensor:
-        """The row over `count` tokens of another stage: a larger cell's share is spread evenly."""
-        if self.tokens.shape[1] == count:
+    def onto(self, layout: Layout, cells: Tensor) -> Tensor:
+        """The row over other tokens: a larger cell's share is spread evenly over what it covers.
+
+        Prefix tokens go to prefix tokens where both have equally many, else they end here.
+        """
+        same = self.layout.cell == layout.cell and self.layout.canvas == layout.canvas
+        if same and torch.equal(self.cells, cells):
             return self.tokens
-        canvas = self.tokens.unflatten(1, self.layout.canvas)
-        return regrid(canvas, self.layout.cell, layout.cell, layout.canvas).flatten(1)
+        here = scatter(self.tokens, self.cells, math.prod(self.layout.canvas))
+        grid = here.unflatten(1, self.layout.canvas)
+        there = regrid(grid, self.layout.cell, layout.cell, layout.canvas).flatten(1)
+        known = cells >= 0
+        sharing = torch.bincount(cells[known], minlength=there.shape[1]).clamp(min=1)
+        found = _at_tokens(there / sharing.to(there), cells)
+        if int((~known).sum()) == int((self.cells < 0).sum()):
+            prefix = ~known.to(found.device)
+            found[:, prefix] = self.tokens[:, (self.cells < 0).to(found.device)]
+        return found
+
+
+def _of_stream(tokens: Tensor, layout: Layout) -> _Row:
+    return _Row(tokens, layout, layout.index.flatten())
 
 
 def _step(row: Tensor, w: Weights, mix: Mix) -> Tensor:
@@ -211,7 +229,9 @@ def _at_tokens(row: Tensor, index: Tensor) -> Tensor:
 def _residual(row: Tensor, w: Weights, mix: Mix) -> Tensor:
     """row (I + M)."""
     site, moved = w.site, _step(row, w, mix)
-    return row + _Row(moved, site.key_layout).onto(site.query_layout, site.query_tokens)
+    return row + _Row(moved, site.key_layout, site.key_cells).onto(
+        site.query_layout, site.query_cells
+    )
 
 
 def _even(r: Record, site: Attention) -> Tensor:
@@ -219,22 +239,31 @@ def _even(r: Record, site: Attention) -> Tensor:
     return r.image.new_full((r.image.shape[0], site.query_tokens), 1 / site.query_tokens)
 
 
-def _start(r: Record, mix: Mix) -> _Row:
-    """The row to start from: of the head's own attention, where it pools by one, or `_readout`."""
-    pooling = [w for w in r.attention if w.site.step is None]
-    if pooling:
-        w = pooling[-1]
-        return _Row(_step(_even(r, w.site), w, mix), w.site.key_layout)
-    return _Row(_readout(r), r.anatomy.stream[r.anatomy.tail])
+def _start(r: Record, mix: Mix, factor: float = 1.0) -> _Row:
+    """The row to start from: of the head's own attention, where it pools by it, or `_readout`.
+
+    A class token that reads the tokens is one of them: its row is carried by I + M, too.
+    """
+    row: _Row | None = None
+    for w in reversed([w for w in r.attention if w.site.node in r.anatomy.pooling]):
+        site = w.site
+        start = _Row(_even(r, site), site.query_layout, site.query_cells) if row is None else row
+        tokens = _step(start.onto(site.query_layout, site.query_cells), w, mix)
+        if not site.latent:
+            tokens = factor * (tokens + start.onto(site.key_layout, site.key_cells))
+        row = _Row(tokens, site.key_layout, site.key_cells)
+    if row is None:
+        return _of_stream(_readout(r), r.anatomy.stream[r.anatomy.tail])
+    return row
 
 
 def _carried(r: Record, mix: Mix, factor: float = 1.0) -> Placed:
     """A row of relevance, carried from the output down through (I + M) of every attention."""
-    row = _start(r, mix)
+    row = _start(r, mix, factor)
     for w in reversed([w for w in r.attention if w.site.step is not None]):
         site = w.site
-        tokens = row.onto(site.query_layout, site.query_tokens)
-        row = _Row(factor * _residual(tokens, w, mix), site.query_layout)
+        tokens = row.onto(site.query_layout, site.query_cells)
+        row = _Row(factor * _residual(tokens, w, mix), site.query_layout, site.query_cells)
         last = site
     return Placed(last.query_canvas(row.tokens), last.query_layout.cell)
 
@@ -254,7 +283,7 @@ def raw_attention(r: Record) -> Placed:
     if w.site.step is None:
         row = _even(r, w.site)
     else:
-        row = _start(r, _mean).onto(w.site.query_layout, w.site.query_tokens)
+        row = _start(r, _mean).onto(w.site.query_layout, w.site.query_cells)
     return Placed(w.site.key_canvas(_step(row, w, _mean)), w.site.key_layout.cell)
 
 
@@ -284,19 +313,24 @@ def _transformation(before: Tensor, after: Tensor) -> Tensor:
 def tokentm(r: Record) -> Placed:
     """Relevance through attention and MLPs, weighted by how tokens change in length and angle."""
     row = _start(r, _relevance)
-    attention = {w.site.step: w for w in r.attention if w.site.step is not None}
     for number, step in reversed(list(enumerate(r.anatomy.steps))):
         before, after = r.values[step.before], r.values[step.after]
         change = _transformation(before, after)
         layout = r.anatomy.stream[step.before]
-        tokens = row.onto(layout, change.shape[1])
-        if number in attention:
-            tokens = _residual(tokens, attention[number], partial(_transformed, change))
-        else:
-            tokens = tokens * (1 + change)
-        row = _Row(tokens, layout)
+        row = _of_stream(row.onto(layout, layout.index.flatten()), layout)
+        attention = [w for w in r.attention if w.site.step == number]
+        if not attention:
+            row = _of_stream(row.tokens * (1 + change), layout)
+        for w in reversed(attention):
+            site = w.site
+            own = _of_stream(change, layout).onto(site.key_layout, site.key_cells)
+            tokens = row.onto(site.query_layout, site.query_cells)
+            tokens = _residual(tokens, w, partial(_transformed, own))
+            row = _Row(tokens, site.query_layout, site.query_cells)
     start = r.values[r.anatomy.steps[0].before]
-    return Placed(row.layout.on_canvas(row.tokens * _norm(start)), row.layout.cell)
+    layout = r.anatomy.stream[r.anatomy.steps[0].before]
+    tokens = row.onto(layout, layout.index.flatten())
+    return Placed(layout.on_canvas(tokens * _norm(start)), layout.cell)
 
 
 def _transformed(change: Tensor, w: Weights) -> Tensor:

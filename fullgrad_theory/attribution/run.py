@@ -244,7 +244,8 @@ class _Gathering(Run):
         if site.fused:
             attention, values = _softmax(given), given["value"]
         else:
-            attention, values = list(given.values())[:2]
+            attention, values = site.operands(given)
+        g = site.rows(g)
         if values.dim() > 2 and values.shape[-3] != g.shape[-3]:  # grouped or shared heads
             values = values.repeat_interleave(g.shape[-3] // values.shape[-3], -3)
         gradient = g.to(attention) @ values.to(attention).mT
@@ -287,13 +288,11 @@ def _layers(run: _Gathering, sites: Sequence[Attention], index: Tensor | None) -
     nodes = list(run.graph.nodes)
     places = {n.name: i for i, n in enumerate(nodes)}
     last = nodes[places[anatomy.tail]]
-    pooling = [s for s in sites if s.step is None and places[s.node] > places[last.name]]
+    pooling = [s for s in sites if s.node in anatomy.pooling]
     inner = [s for s in sites if s.step is not None]
-    for block in anatomy.blocks:
+    for block in anatomy.layers:
         own = [s for s in inner if anatomy.steps[s.step] in block.steps]  # type: ignore[index]
         state = run.kept[block.output]
-        if state.shape != run.kept[anatomy.tail].shape or not (own or pooling):
-            continue  # an earlier stage, which the head does not fit
         values, output = _head(run, nodes[places[last.name] + 1 :], last, state)
         read = [values[s.node] for s in pooling] or [run.kept[s.node] for s in own]
         score = choose(output, index).sum()
