@@ -7,7 +7,7 @@ added on it, a residual branch ends (a join); joins of one module make a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import groupby, pairwise
@@ -18,22 +18,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..degrees import Liveness, State
+from ..degrees import Liveness
 from ..operators import target_name
 from ..trace import ComputationGraph, module_path
 from . import boxes as bx
+from . import forms
 from .layout import Layout, batch_of, layout, scatter
-from .locate import CONTRACTIONS, Boxes, Walk, batch_dim, locate
+from .locate import Boxes, Walk, batch_dim, locate
 
 _ADD = {"aten.add.Tensor"}
-_SOFTMAX = {"aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default"}
-_REDUCTIONS = {"aten.sum.dim_IntList", "aten.amax.default", "aten.max.dim"}
-_EINSUM = "aten.einsum.default"
-SDPA = "aten.scaled_dot_product_attention.default"
-_FORMS = (
-    "F.scaled_dot_product_attention, or matmul, bmm or einsum of values with a softmax or with "
-    "x / x.sum()"
-)
 
 
 @dataclass(frozen=True)
@@ -61,18 +54,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Product:
-    """How a product of attention weights and values is written: which operand, 0 or 1, holds the
-    weights, and the order of dimensions that brings the weights to (..., q, k), the values to
-    (..., k, c) and the product to (..., q, c)."""
-
-    weights: int
-    orders: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
 class Attention:
-    """A product of attention weights and values at `node`. `fused`: the weights are inside of it.
+    """A product of attention weights and values at `node`.
 
     `slots`: the order that brings its windows and heads (folded in any way) to (windows, heads).
     `queries`, `keys`: (windows, n) the tokens they are, -1 for padding; of the stream where `step`
@@ -82,10 +65,9 @@ class Attention:
     """
 
     node: str
-    fused: bool
     step: int | None
     latent: bool
-    product: Product
+    product: forms.Product
     slots: Tensor
     queries: Tensor
     keys: Tensor
@@ -112,8 +94,14 @@ class Attention:
         """One number a key token, (batch, n), per cell: (batch, h, w)."""
         return _canvas(tokens, self.key_layout, self.key_cells)
 
+    @property
+    def fused(self) -> bool:
+        """Whether the weights are inside of the kernel."""
+        return self.product.weights is None
+
     def operands(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The weights (..., q, k) and values (..., k, c) of a product that is not fused."""
+        assert self.product.weights is not None
         pair = [t for t in pytree.tree_leaves(list(given.values())) if isinstance(t, Tensor)]
         weights, values = pair[self.product.weights], pair[1 - self.product.weights]
         first, second, _ = self.product.orders
@@ -177,7 +165,7 @@ class Anatomy:
     @property
     def forms(self) -> str:
         """The forms of attention that are recognised, and a softmax here that is none of them."""
-        return _FORMS + (f"; {self.unread[0]} is none of these" if self.unread else "")
+        return forms.FORMS + (f"; {self.unread[0]} is none of these" if self.unread else "")
 
     @cached_property
     def pooling(self) -> frozenset[str]:
@@ -257,9 +245,7 @@ def _layout(
 def _chain(graph: ComputationGraph, live: Liveness) -> list[fx.Node]:
     """The nodes that every path from the image to the first output runs through, in order."""
     start, end = graph.placeholders[0].name, graph.outputs[0].name
-    moving = [
-        n for n in graph.nx if n == start or (n in live.calls and _is_live(live, graph.nodes[n]))
-    ]
+    moving = {start, *(n for n in live.calls if forms.is_live(live, graph.nodes[n]))}
     reached = graph.nx.subgraph(moving)
     if end not in reached or start not in reached or not nx.has_path(reached, start, end):
         return []
@@ -270,22 +256,14 @@ def _chain(graph: ComputationGraph, live: Liveness) -> list[fx.Node]:
     return [graph.nodes[n] for n in reversed(names)]
 
 
-def _is_live(live: Liveness, node: fx.Node) -> bool:
-    return live.state(node) is State.LIVE
-
-
 def _steps(chain: list[fx.Node], live: Liveness) -> tuple[list[Step], list[tuple[str, object]]]:
     """Joins with the node each branch started from, and the module, and call of it, each is in."""
     pairs = list(pairwise(chain))
-    joins = [(a, b) for a, b in pairs if target_name(b.target) in _ADD and _moving(b, live) > 1]
+    adds = [(a, b) for a, b in pairs if target_name(b.target) in _ADD]
+    joins = [(a, b) for a, b in adds if forms.live_operands(b, live) > 1]
     if not joins:  # no residual branches: every layer with weights is a block
-        joins = [(a, b) for a, b in pairs if _has_weights(b) and a.op != "placeholder"]
+        joins = [(a, b) for a, b in pairs if forms.has_weights(b) and a.op != "placeholder"]
     return [Step(a.name, b.name) for a, b in joins], [_owner(b) for _, b in joins]
-
-
-def _moving(node: fx.Node, live: Liveness) -> int:
-    """How many operands are live."""
-    return sum(_is_live(live, a) for a in node.all_input_nodes)
 
 
 def _owner(node: fx.Node) -> tuple[str, object]:
@@ -293,10 +271,6 @@ def _owner(node: fx.Node) -> tuple[str, object]:
     path = module_path(node)
     calls = list(node.meta.get("nn_module_stack") or [""])
     return (path, calls[-1]) if path else (node.name, None)
-
-
-def _has_weights(node: fx.Node) -> bool:
-    return any(word in target_name(node.target) for word in ("conv", "linear"))
 
 
 # --------------------------------------------------------------------------- attention
@@ -310,167 +284,35 @@ def _attention(found: Anatomy, live: Liveness) -> tuple[tuple[Attention, ...], t
     over: dict[str, None] = {}
     counts = {layout.index.numel() for layout in found.stream.values()}
     for node in found.graph.fx.graph.nodes:
-        if node.name not in live.calls or not _is_live(live, node):
+        if node.name not in live.calls or not forms.is_live(live, node):
             continue
         name, place = target_name(node.target), order[node.name]
         inside = bool(found.steps) and place < order[found.tail]
-        if name in _SOFTMAX and inside and found.shapes[node.name][node.args[1]] in counts:  # type: ignore[index]
+        if name in forms.SOFTMAX and inside and found.shapes[node.name][node.args[1]] in counts:  # type: ignore[index]
             over[node.name] = None
-        fused = name == SDPA
-        product = None if fused else _product(found, node, live)
-        if not fused and product is None:
+        product = forms.product(found.shapes, node, live)
+        if product is None:
             continue
-        if product is not None:
-            for read in _behind(_operands(node)[product.weights], live):
-                over.pop(read.name, None)
+        for read in forms.softmaxes(node, product, live):
+            over.pop(read.name, None)
         step = next(
             (i for i, s in enumerate(found.steps) if order[s.before] < place < order[s.after]),
             None,
         )
-        scored = _scored(node, product, live)
-        site = _site(found, node, product or _fused(found, node), fused, step, scored == 1)
+        scored = forms.scored(node, product, live)
+        site = _site(found, node, product, step, scored == 1)
         # rows without a place: a class token's, or channels of values where no product scored them
         if site is not None and (site.step is not None or not inside or scored):
             sites.append(site)
     return tuple(sites), tuple(over)
 
 
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors of a product, in order; one may be there twice."""
-    flat = pytree.tree_leaves([*node.args])
-    return [a for a in flat if isinstance(a, fx.Node)]
-
-
-def _plain(*ranks: int, swapped: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Orders that leave the dimensions as they are, or swap the last two."""
-    return tuple(
-        (*range(r - 2), r - 1, r - 2) if swapped and r > 1 else tuple(range(r)) for r in ranks
-    )
-
-
-def _fused(found: Anatomy, node: fx.Node) -> Product:
-    value, out = (len(found.shapes[n]) for n in (str(node.args[2]), node.name))
-    same = _plain(out, value, out)
-    return Product(0, (same[0], same[1], same[2]))
-
-
-def _product(found: Anatomy, node: fx.Node, live: Liveness) -> Product | None:
-    """How a node multiplies attention weights with values; None where it does not."""
-    name = target_name(node.target)
-    pair = _operands(node)
-    if (name not in CONTRACTIONS and name != _EINSUM) or len(pair) != 2:
-        return None
-    weights = next((i for i in (0, 1) if _normaliser(pair[i], live)), None)
-    if weights is None:
-        return None
-    if name == _EINSUM:
-        return _from_equation(str(node.args[0]), weights, len(found.shapes[node.name]))
-    ranks = [len(found.shapes[n.name]) for n in (pair[weights], pair[1 - weights], node)]
-    if min(ranks) < 2:
-        return None
-    orders = _plain(*ranks, swapped=weights == 1)  # v^T A^T is (A v)^T
-    return Product(weights, (orders[0], orders[1], orders[2]))
-
-
-def _from_equation(equation: str, weights: int, rank: int) -> Product | None:
-    """What an einsum says: one letter is summed (k), one is of weights alone (q), one of values
-    alone (c), and the rest, heads and windows, is in all three. `rank`: dimensions of the result.
-    """
-    left, _, out = equation.replace(" ", "").partition("->")
-    filled = "".join(chr(0x391 + i) for i in range(rank + 3 - len(out)))  # for the dots
-    left, out = left.replace("...", filled), out.replace("...", filled)
-    pair = left.split(",")
-    a, v = pair[weights], pair[1 - weights]
-    keys, queries = (set(a) & set(v)) - set(out), (set(a) & set(out)) - set(v)
-    channels = (set(v) & set(out)) - set(a)
-    rest = [letter for letter in out if letter in a and letter in v]
-    if not len(keys) == len(queries) == len(channels) == 1:
-        return None
-    if any(len(set(t)) != len(t) or len(t) != len(rest) + 2 for t in (a, v, out)):
-        return None
-    (k,), (q,), (c,) = keys, queries, channels
-    first, second, third = (
-        tuple(term.index(letter) for letter in (*rest, *last))
-        for term, last in zip((a, v, out), ((q, k), (k, c), (q, c)), strict=True)
-    )
-    return Product(weights, (first, second, third))
-
-
-def _normaliser(node: object, live: Liveness) -> fx.Node | None:
-    """The softmax, or x / x.sum(), that a value is, seen through operations with one live
-    operand; None where it is none."""
-    while isinstance(node, fx.Node) and node.name in live.calls:
-        if target_name(node.target) in _SOFTMAX or _shares(node, live):
-            return node
-        if target_name(node.target) in CONTRACTIONS:
-            return None
-        node = _single(node, live)
-    return None
-
-
-def _behind(weights: fx.Node, live: Liveness) -> Iterator[fx.Node]:
-    """The softmaxes that weights are made of, one or several."""
-    todo, seen = [weights], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen or node.name not in live.calls or target_name(node.target) in CONTRACTIONS:
-            continue
-        seen.add(node)
-        if target_name(node.target) in _SOFTMAX:
-            yield node
-        else:
-            todo += node.all_input_nodes
-
-
-def _single(node: fx.Node, live: Liveness) -> fx.Node | None:
-    """The one operand that is live, a reduction of it beside it perhaps (x - x.amax()); None where
-    there are several."""
-    moving = [a for a in node.all_input_nodes if a.name in live.calls]
-    for a in moving:
-        if all(b is a or _reduces(b, a, live, _REDUCTIONS) for b in moving):
-            return a
-    return None
-
-
-def _shares(node: fx.Node, live: Liveness) -> bool:
-    """x / x.sum(), a small number added perhaps."""
-    divided = target_name(node.target) == "aten.div.Tensor"
-    return divided and _reduces(node.args[1], node.args[0], live, {"aten.sum.dim_IntList"})
-
-
-def _reduces(node: object, of: object, live: Liveness, kinds: Collection[str]) -> bool:
-    """Whether a value is a reduction of another one, seen through operations on it alone."""
-    while isinstance(node, fx.Node) and node.name in live.calls:
-        if target_name(node.target) in kinds:
-            return node.args[0] is of
-        moving = [a for a in node.all_input_nodes if a.name in live.calls]
-        node = moving[0] if len(moving) == 1 else None
-    return False
-
-
-def _scored(node: fx.Node, product: Product | None, live: Liveness) -> int:
-    """Of the queries and keys that weights come from, how many are live: one where the queries are
-    parameters; 0 where there are none, and a layer made the weights of the values alone."""
-    if product is None:  # fused
-        return sum(_is_live(live, a) for a in node.args[:2] if isinstance(a, fx.Node))
-    last = _normaliser(_operands(node)[product.weights], live)
-    at = last.args[0] if last is not None else None
-    while isinstance(at, fx.Node) and at.name in live.calls and not _has_weights(at):
-        following = _single(at, live)
-        if following is None or target_name(at.target) in {*CONTRACTIONS, _EINSUM}:
-            return _moving(at, live)
-        at = following
-    return 0
-
-
 def _site(
-    found: Anatomy, node: fx.Node, product: Product, fused: bool, step: int | None, latent: bool
+    found: Anatomy, node: fx.Node, product: forms.Product, step: int | None, latent: bool
 ) -> Attention | None:
     """Which tokens queries and keys are; None where the keys are no tokens (channel attention)."""
-    values = node.args[2] if fused else _operands(node)[1 - product.weights]
-    assert isinstance(values, fx.Node)
     out = _rows(found, node.name, product.orders[2])
-    value = _rows(found, values.name, product.orders[1])
+    value = _rows(found, forms.values(node, product).name, product.orders[1])
     if not value.placed:
         return None
     lead = out.shape[:-2]
@@ -497,7 +339,7 @@ def _site(
     else:  # a single window may be padded: its entries are not the stream's
         cells = torch.arange(math.prod(out.canvas)), torch.arange(math.prod(value.canvas))
     return Attention(
-        node.name, fused, step if here else None, latent, product, order, queries, keys, out, value,
+        node.name, step if here else None, latent, product, order, queries, keys, out, value,
         *cells,
     )  # fmt: skip
 

@@ -135,12 +135,13 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
             _same_degrees(labels, edited, tracker)
             _every_cut(balanced, labels, tracker, inputs)
         _file(graph, plan, balanced, inputs)
+    kind, reason = "complete" if report.complete else "mended", ""
     if plain.zero or report.complete is None:
         kind = "unjudged"
-    else:
-        kind = "complete" if report.complete else "mended"
+        known = next(iter(report.problems), "the verdict is unknown")
+        reason = "the output is 0" if plain.zero else f"the library: {known}"
     edits = tuple(sorted(str(e).split(" ")[0] for e in plan.edits))
-    return Outcome(kind, edits, unwitnessed=unwitnessed)
+    return Outcome(kind, edits, reason, unwitnessed)
 
 
 # --------------------------------------------------------------------------- (b) the verdict
