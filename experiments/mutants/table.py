@@ -32,6 +32,7 @@ BALANCE = "tests/test_balance.py"
 FULLGRAD = "tests/test_fullgrad.py"
 FUNCTIONAL = "tests/test_functionalise.py"
 INTEGRATE = "tests/test_integrate.py"
+TRAPS = "tests/test_traps.py"
 
 
 def _entry(table: str, kind: str, op: str, rule: str, wrong: str) -> Mutant:
@@ -110,6 +111,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("eps does not count", CLASS, "operators/base.py",
            "if eps is None or eps > 0:", "if eps is None:",
            (OPERATORS, PROOFS, DERIVE, "-k", "norm")),
+    Mutant("1/sigma may be of any degree", DEGREE, "operators/base.py",
+           'plain = tuple(replace(r, zero=(*r.zero, "input")) for r in plain)', "pass",
+           (TRAPS, DERIVE, "-k", "norm")),
+    Mutant("a norm is linear in a constant input", LEAF, "operators/base.py",
+           '(Mode(None, frozen),) if weighted else (_none(call), Mode("freeze", frozen))',
+           "(Mode(None, frozen),)", (TRAPS, DERIVE, "-k", "norm")),
     Mutant("a constant may be added at any degree", LEAF, "operators/base.py",
            "domain = ((0,) if call.eps else (0, 1)) if constant else None", "domain = None",
            (DERIVE, OPERATORS, CHECK)),
