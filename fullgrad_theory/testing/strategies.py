@@ -279,10 +279,13 @@ def _decode(leaf: Any) -> Any:
 
 @cache
 def drawable() -> tuple[str, ...]:
-    """The operations that architectures call, the simpler classes first, then the composites."""
+    """The operations that architectures call, the simpler classes first, then the composites.
+
+    Of torch's own: what else was registered has no samples here."""
     order = list(Algebra)
     entries = sorted(registered(), key=lambda o: (order.index(o.algebra), o.name))
-    names = (*(o.name for o in entries), *map(target_name, SPREADS))
+    own = (o.name for o in entries if o.name.startswith("aten.") or o.name == "getitem")
+    names = (*own, *map(target_name, SPREADS))
     return tuple(name for name in names if name not in NOT_DRAWN and cases(name))
 
 
