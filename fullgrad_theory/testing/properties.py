@@ -96,10 +96,10 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         report = check_completeness(graph, beside=())
         points = _points(architecture, model)
         plain, seen, divisors = _plainly(graph, points)
-        if plain.complete and not _complete(report):  # look for a witness elsewhere
+        if plain.complete != _complete(report):  # look for a witness elsewhere, of either
             points = _points(architecture, model, many=True)
             plain, seen, divisors = _plainly(graph, points)
-            if plain.complete:
+            if plain.complete and not _complete(report):
                 plain, _ = evaluate(_perturbed(graph.fx), points, divisors)
         unwitnessed = _same_verdict(graph, report, plain, seen, "plain")
         try:
@@ -121,12 +121,12 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         mended = check_completeness(graph, policy=plan, beside=())
         labels = degrees(graph, plan.edits)
         edited, tracker = evaluate(balanced.fx, points, divisors)
+        if edited.complete != _complete(mended):
+            points = _points(architecture, model, many=True)
+            edited, tracker = evaluate(balanced.fx, points, divisors)
         judged = edited
         if judged.complete and not _complete(mended):
-            many = _points(architecture, model, many=True)
-            judged, _ = evaluate(balanced.fx, many, divisors)
-            if judged.complete:
-                judged, _ = evaluate(_perturbed(balanced.fx), many, divisors)
+            judged, _ = evaluate(_perturbed(balanced.fx), points, divisors)
         # an input that the plan holds fixed is a note of the library's, no objection
         judged.unread = [name for name in judged.unread if name in plain.unread]
         _same_verdict(graph, mended, judged, tracker, "libra")
