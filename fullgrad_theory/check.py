@@ -35,6 +35,7 @@ from .numeric import (
     is_float_tensor,
     jitter,
     largest,
+    layout_faults,
     own_gradient,
     paired,
     perturb,
@@ -305,11 +306,19 @@ class _Audit:
                     f"which is rounding: its parts are {max(self.parts):.0e} times the output and "
                     "cancel, so that too few digits are left to judge it; choose other inputs"
                 )
-            elif sound and self.verdicts and not self.problems[:-1] and not self.modified:
-                self.problems.append(
-                    "every node is consistent and the whole is not: an error of this library or a "
-                    "backward that the trace does not show; please report it"
-                )
+            elif self.verdicts and (sound or self.modified) and not self.problems[:-1]:
+                faults = layout_faults(module, moved, self.seed)
+                self.problems += [
+                    f"{self.graph.describe(name)}: torch's backward of it gives other numbers "
+                    "where the same cotangent lies in memory otherwise, as it does here; "
+                    ".contiguous() on its result, or a batch of two, goes around that fault"
+                    for name in faults
+                ]
+                if not faults and not self.modified:
+                    self.problems.append(
+                        "every node is consistent and the whole is not: an error of this library "
+                        "or a backward that the trace does not show; please report it"
+                    )
         if self.plan is not None:
             self._forward_kept()
             plain = _Audit(self.graph, self.tolerance, self.seed, self.tick)

@@ -24,6 +24,7 @@ from fullgrad_theory.errors import (
     TrainingModeError,
     UnregisteredOperationError,
 )
+from fullgrad_theory.operators import registry
 from fullgrad_theory.report import Verdict
 
 SOUND = (Verdict.PROVED, Verdict.NUMERIC)
@@ -668,6 +669,44 @@ def test_views_of_several_operands_have_nothing_to_do_with_each_other() -> None:
         return rows * columns
 
     assert fgt.check_completeness(Module(grid, w=w), x).complete
+
+
+@torch.library.custom_op("fgt_tests::careless", mutates_args=())
+def careless(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+careless.register_fake(torch.empty_like)
+careless.register_autograd(lambda ctx, g: g.as_strided(g.shape, torch.empty(g.shape).stride()))
+
+
+@pytest.mark.parametrize("name", ["careless", "batch_norm"])
+def test_a_backward_that_misreads_its_cotangent_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every residual under a fresh cotangent vanishes, and the whole is wrong. torch's batch_norm
+    does so on the CPU for one sample whose cotangent came through a transpose."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    fgt.register("fgt_tests.careless.default", fgt.Algebra.STRUCTURAL, "x")
+    layer = nn.BatchNorm2d(4).double() if name == "batch_norm" else careless
+    model = Module(
+        lambda m, x: (layer(x).flatten(2).transpose(1, 2) * m.w).sum((1, 2)),
+        part=layer if name == "batch_norm" else nn.Identity(),
+        w=nn.Parameter(seeded(1, 9, 4).double()),
+    )
+    x = seeded(1, 4, 3, 3).double()
+    if name == "batch_norm":
+        leaf = x.clone().requires_grad_()
+        layer.running_var.uniform_(0.5, 2.0)
+        (g,) = torch.autograd.grad(model(leaf).sum(), leaf)
+        scale = layer.weight / (layer.running_var + layer.eps).sqrt()
+        right = model.w.mT.reshape(1, 4, 3, 3) * scale[:, None, None]
+        if torch.allclose(g, right):
+            pytest.skip("this torch reads it right")
+    report = fgt.check_completeness(model, x)
+    assert report.complete is not True
+    assert any(f"{name}" in p and "lies in memory otherwise" in p for p in report.problems)
+    assert not any("error of this library" in p for p in report.problems)
 
 
 RATIO = {  # what a norm reads beside a live value, and whether the gradient as it is is complete
