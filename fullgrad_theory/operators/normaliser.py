@@ -1,4 +1,4 @@
-"""Normalisation layers: of no degree with eps > 0; under `freeze`, linear in their input."""
+"""Normalisation layers: of no degree in their input with eps > 0; under `freeze`, linear in it."""
 
 from .base import Algebra
 from .registry import register
