@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..balance import Balanced, balance
 from ..degrees import degrees
 from ..errors import InputError, unknown_name
+from ..numeric import float_leaves
 from ..plan import Plan
 from ..policies import Policy
 from ..trace import ComputationGraph, Inputs, Model, tensor_value
@@ -20,7 +21,7 @@ from .anatomy import Anatomy, anatomy
 from .layout import Cell
 from .map import Map
 from .methods import METHODS, Method, Placed
-from .run import Need, Target, choose, counted, first_float, gather, targets
+from .run import Need, Target, choose, counted, gather, targets
 
 
 class Explainer:
@@ -80,18 +81,18 @@ class Explainer:
         return tuple(name for name, method in METHODS.items() if self._lacks(method) is None)
 
     def _lacks(self, method: Method) -> str | None:
-        found, attention = self.anatomy, {Need.ATTENTION, Need.ATTENTION_GRADIENT} & method.needs
-        if (attention or Need.LAYERS in method.needs) and not found.attention:
+        found, needs = self.anatomy, method.needs
+        attention = needs & {Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS}
+        if attention and not found.attention:
             return f"attention between tokens in a form that is recognised ({found.forms})"
-        if (attention or method.needs & {Need.LAYERS, Need.BLOCKS}) and not found.blocks:
+        if needs & {Need.BLOCKS, *attention} and not found.blocks:
             return "blocks on a grid of tokens"
-        if Need.LAYERS in method.needs and not found.layers:
+        if Need.LAYERS in needs and not found.layers:
             return "attention in blocks whose output is as the last one's"
-        on_stream = any(site.step is not None for site in found.attention)
-        if attention and method.name != "raw-attention" and not on_stream:
-            return "attention whose queries are the tokens of the residual stream"
-        if method.name == "tokentm" and not found.steady:
-            return "residual branches that keep the number of tokens and channels"
+        if Need.STREAM in needs and all(site.step is None for site in found.attention):
+            return str(Need.STREAM)
+        if Need.STEADY in needs and not found.steady:
+            return str(Need.STEADY)
         return None
 
     def _methods(self, names: str | Sequence[str]) -> dict[str, Method]:
@@ -168,7 +169,7 @@ class Explainer:
 
     def scores(self, x: Tensor) -> Tensor:
         """The model's output, (B, classes): the first float tensor of it, where it is several."""
-        return first_float(self.model.fx(x))
+        return float_leaves(self.model.fx(x))[0]
 
     def _sampled(self, name: str, x: Tensor, index: Tensor | None, seed: int) -> Placed:
         if name == "random":

@@ -32,7 +32,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Method:
-    """`function` of a `Record`; None where it samples (`sampled.py`). `needs`: what it reads."""
+    """`function` of a `Record`; None where it samples (`sampled.py`). `needs`: see `Need`."""
 
     name: str
     source: str
@@ -343,6 +343,7 @@ def _transformed(change: Tensor, w: Weights) -> Tensor:
 
 _IMAGE, _BLOCKS, _BIASES = Need.IMAGE, Need.BLOCKS, Need.BIASES
 _ATTENTION, _GRADIENT, _LAYERS = Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS
+_STREAM, _STEADY = Need.STREAM, Need.STEADY
 _ROWS: tuple[tuple[str, str, Callable[[Record], Placed] | None, set[Need]], ...] = (
     ("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, {_IMAGE}),
     ("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, {_BLOCKS}),
@@ -351,12 +352,12 @@ _ROWS: tuple[tuple[str, str, Callable[[Record], Placed] | None, set[Need]], ...]
     ("gradcam+", "Selvaraju et al. 2017; LibraGrad", gradcam_plus, {_BLOCKS}),
     ("hirescam", "Draelos & Carin 2020", hirescam, {_BLOCKS}),
     ("xgradcam+", "Fu et al. 2020; LibraGrad", xgradcam_plus, {_BLOCKS}),
-    ("attcat", "Qiang et al., NeurIPS 2022", attcat, {_BLOCKS, _ATTENTION}),
-    ("genatt", "Chefer et al., ICCV 2021", genatt, {_GRADIENT}),
-    ("tokentm", "Wu et al., CVPR 2024", tokentm, {_BLOCKS, _GRADIENT}),
+    ("attcat", "Qiang et al., NeurIPS 2022", attcat, {_BLOCKS, _ATTENTION, _STREAM}),
+    ("genatt", "Chefer et al., ICCV 2021", genatt, {_GRADIENT, _STREAM}),
+    ("tokentm", "Wu et al., CVPR 2024", tokentm, {_BLOCKS, _GRADIENT, _STREAM, _STEADY}),
     ("legrad", "Bousselham et al. 2024", legrad, {_LAYERS}),
     ("raw-attention", "", raw_attention, {_ATTENTION}),
-    ("rollout", "Abnar & Zuidema 2020", rollout, {_ATTENTION}),
+    ("rollout", "Abnar & Zuidema 2020", rollout, {_ATTENTION, _STREAM}),
     ("random", "", None, set()),
     ("integrated-gradients", "Sundararajan et al. 2017", None, set()),
     ("smoothgrad", "Smilkov et al. 2017", None, set()),

@@ -17,6 +17,7 @@ from ..bias import named
 from ..degrees import Degrees
 from ..errors import InputError
 from ..fullgrad import Run, finite_products, original_args
+from ..numeric import float_leaves
 from ..operators import Algebra
 from ..operators.base import bias_operands
 from .anatomy import Anatomy, Attention
@@ -26,7 +27,7 @@ Target = int | Sequence[int] | Tensor | None
 
 
 class Need(StrEnum):
-    """What a method reads of a pass."""
+    """What a method reads of a pass, and what it asks of the model."""
 
     IMAGE = "the image's gradient"
     BLOCKS = "blocks"
@@ -34,6 +35,8 @@ class Need(StrEnum):
     ATTENTION_GRADIENT = "the gradient of attention"
     LAYERS = "the output as each layer would have it"
     BIASES = "biases"
+    STREAM = "attention whose queries are the tokens of the residual stream"
+    STEADY = "residual branches that keep the number of tokens and channels"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def gather(
     run = _Gathering(balanced, labels, anatomy, {*stream}, sites, Need.BIASES in needs)
     run.garbage_collect_values = Need.LAYERS not in needs  # the head is run again
     with torch.enable_grad():
-        output = first_float(run.run(image, enable_io_processing=False))
+        output = float_leaves(run.run(image, enable_io_processing=False))[0]
         index = targets(output, target)
         chosen = choose(output, index)
         layers = tuple(_layers(run, sites, index)) if Need.LAYERS in needs else ()
@@ -118,12 +121,6 @@ def gather(
         run.biases,
         run.bias_total,
     )
-
-
-def first_float(output: Any) -> Tensor:
-    """The first floating-point tensor of an output: an index before it is no value to explain."""
-    flat = pytree.tree_leaves(output)
-    return next(t for t in flat if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def counted(labels: Degrees) -> Degrees:
@@ -311,7 +308,8 @@ def _head(
     kept: dict[str, Any] = {}
     for n in nodes:
         if n.op == "output":
-            return kept, first_float(fx.map_arg(n.args, lambda a: values.get(a, run.env.get(a))))
+            made = fx.map_arg(n.args, lambda a: values.get(a, run.env.get(a)))
+            return kept, float_leaves(made)[0]
         if n.op != "call_function" or not any(a in values for a in n.all_input_nodes):
             continue
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: values.get(a, run.env[a]))

@@ -217,9 +217,12 @@ def _same_verdict(
             f"{found.outputs}, without a degree are {found.wrong}, unread are {found.unread}",
         )
     named = [f"{n.name} ({n.op}): {n.reason}" for n in objections]
-    unread = {n.name for n in tracker.module.graph.nodes if _ignores_an_operand(n, tracker)}
-    beyond = {n.name for n in objections if _is_beyond_witness(graph.nodes[n.name])}
-    beyond |= {n.name for n in objections if n.name in unread}
+    run = {n.name: n for n in tracker.module.graph.nodes}
+    beyond = {
+        n.name
+        for n in objections
+        if _is_beyond_witness(graph.nodes[n.name]) or _ignores_an_operand(run[n.name], tracker)
+    }
     if beyond and all(_is_behind(graph.nodes[n.name], beyond) for n in objections):
         return tuple(sorted({n.op for n in objections if n.name in beyond}))
     unseen = all("no witness" in n.reason for n in objections) and not report.problems
