@@ -766,7 +766,8 @@ def test_a_layer_on_2_by_2_cells_that_reach_over_the_image() -> None:
     """Of 48 pixels strides of 32 make two cells, of which the second is cut."""
     model = shaken(timm.create_model("resnet18", num_classes=5))
     explainer = Explainer(model, images(1, 3, 48, 48))
-    assert explainer.anatomy.stream[explainer.anatomy.blocks[-1].output].grid == (2, 2)
+    last = explainer.anatomy.stream[explainer.anatomy.blocks[-1].output]
+    assert last.grid == (2, 2) and bool((last.index >= 0).all())  # the larger first one, too
 
 
 # --------------------------------------------------------------------------- errors

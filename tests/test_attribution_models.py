@@ -16,6 +16,7 @@ from timm.models.pit import PoolingVisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fullgrad_theory as fgt
 from fullgrad_theory.attribution import METHODS, Explainer
 from fullgrad_theory.errors import InputError
 
@@ -278,3 +279,10 @@ def test_tokentm_reads_every_attention_of_a_step() -> None:
         explainer.anatomy = replace(both, attention=kept)
         maps.append(explainer(x, "tokentm", 1)["tokentm"].values)
     assert not any(torch.allclose(maps[0], other) for other in maps[1:])
+
+
+def test_an_open_batch_stays_open() -> None:
+    """Calls are run again on fakes, to tell which results share memory: no condition on it."""
+    build, size, _ = MODELS["swinv2"]
+    graph = fgt.trace(build(), images(2, 3, *size))
+    assert not str(graph.placeholders[0].meta["val"].shape[0]).isdigit()
