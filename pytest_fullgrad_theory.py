@@ -79,8 +79,8 @@ def _no_structured_trace() -> Iterator[None]:
 
 def _write(report: Report, model: Any, folder: Path, checked: list[str]) -> None:
     """`tests.test_model.py.test_mine.json` and `.sarif`, the second check of a test `...-2`."""
-    from fullgrad_theory.formats import to_sarif
-    from fullgrad_theory.trace import definition
+    from fullgrad_theory.check.formats import to_sarif
+    from fullgrad_theory.graph.door import definition
 
     test = checked[-1] + (f"-{len(checked)}" if len(checked) > 1 else "")
     name = quote(test.replace("/", ".").replace("::", "."), safe="[]-+=, ")

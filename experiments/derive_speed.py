@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullgrad_theory.derive import derive_rules
 from fullgrad_theory.errors import FullgradError
-from fullgrad_theory.trace import trace
+from fullgrad_theory.graph.tracing import trace
+from fullgrad_theory.plan.derivation import derive_rules
 
 RESULT = Path(__file__).parent / "results" / "derive_speed.md"
 GENERATOR = torch.Generator().manual_seed(0)

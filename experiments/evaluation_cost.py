@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.data import Sample
-from fullgrad_theory.evaluate import evaluate
+from fullgrad_theory.measure.evaluation import evaluate
 from fullgrad_theory.metrics import Deletion
 
 METHODS = (

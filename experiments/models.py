@@ -19,7 +19,7 @@ import timm
 import torch
 
 import fullgrad_theory as fgt
-from fullgrad_theory.report import Report, Verdict
+from fullgrad_theory.check.report import Report, Verdict
 
 NAMES = """
 vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 vit_large_patch16_224

@@ -7,52 +7,7 @@ parts = fullgrad(balanced, x, target=3)             # the logit, split into its 
 found = explain(model, x, "fullgrad+", policy="libra")  # the same as a map over the image
 """
 
-from .attribution import Explainer, Map, explain
-from .balance import Balanced, balance
-from .check import assert_complete, check_completeness
-from .degrees import Degrees, degrees
-from .derive import derive_rules
-from .errors import FullgradError
-from .fullgrad import FullGrad, fullgrad
-from .operators import Algebra, register
-from .plan import Plan
-from .policies import Policy, policies, policy
-from .report import EndToEnd, IncompleteError, NodeReport, Report, Verdict
-from .rules import FreezeScale, Integrate, Prune, Scale, Secant
-from .sublayer import integrate
-from .trace import ComputationGraph, trace
+import lazy_loader
 
-__all__ = [
-    "Algebra",
-    "Balanced",
-    "ComputationGraph",
-    "Degrees",
-    "EndToEnd",
-    "Explainer",
-    "FreezeScale",
-    "FullGrad",
-    "FullgradError",
-    "IncompleteError",
-    "Integrate",
-    "Map",
-    "NodeReport",
-    "Plan",
-    "Policy",
-    "Prune",
-    "Report",
-    "Scale",
-    "Secant",
-    "Verdict",
-    "assert_complete",
-    "balance",
-    "check_completeness",
-    "degrees",
-    "derive_rules",
-    "explain",
-    "fullgrad",
-    "integrate",
-    "policies",
-    "policy",
-    "register",
-    "trace",
-]
+# a name is imported when it is used: __init__.pyi says from where
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from test_derive import Block, candidates, is_complete, lin, random_model, sets_below
 from torch import Tensor, nn
 
-from fullgrad_theory.balance import balance
-from fullgrad_theory.degrees import degrees
-from fullgrad_theory.derive import derive_rules
+from fullgrad_theory.backward.balanced import balance
+from fullgrad_theory.edits.base import Edit
+from fullgrad_theory.edits.policy import Policy
+from fullgrad_theory.edits.pruning import Prune
+from fullgrad_theory.edits.published import policies, policy
 from fullgrad_theory.errors import InputError, NoPlanError, PolicyError, UnknownNameError
+from fullgrad_theory.graph.computation import ComputationGraph
+from fullgrad_theory.graph.tracing import trace
 from fullgrad_theory.operators import Algebra
-from fullgrad_theory.plan import Plan
-from fullgrad_theory.policies import Policy, policies, policy
-from fullgrad_theory.rules import Edit, Prune
-from fullgrad_theory.trace import ComputationGraph, trace
+from fullgrad_theory.plan.derivation import derive_rules
+from fullgrad_theory.plan.labelling import degrees
+from fullgrad_theory.plan.plan import Plan
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -278,7 +281,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"freeze": True}, PolicyError, "freeze=True"),
     ({"prune": "30"}, PolicyError, "or None, which forbids"),
     ({"prune": 10**6}, PolicyError, "from 1 to"),
-    ({"leave": {"softmax": 1}}, UnknownNameError, "'softmax'"),
+    ({"leave": {"softmaxx": 1}}, UnknownNameError, "'softmax'"),
     ({"leave": {Algebra.SMOOTH: None}}, PolicyError, "leave"),
     ({"prune_of": {"aten.sigmoid": 5}}, UnknownNameError, "did you mean aten.sigmoid.default"),
     ({"prune_of": {"aten.sigmoid.default": -5}}, PolicyError, "prune_of"),

@@ -12,7 +12,7 @@ from small_models import SMALL, small
 from torch import nn
 
 import fullgrad_theory as fgt
-from fullgrad_theory.balance import rewrite
+from fullgrad_theory.backward.balanced import rewrite
 from fullgrad_theory.errors import InputError, PlanError
 
 

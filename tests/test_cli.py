@@ -17,13 +17,13 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from fullgrad_theory import cli
+from fullgrad_theory.check.report import Report
+from fullgrad_theory.command import cli
+from fullgrad_theory.command.target import Shape, draw
+from fullgrad_theory.edits.published import policies
 from fullgrad_theory.errors import TraceError
 from fullgrad_theory.operators import registered
-from fullgrad_theory.plan import Plan
-from fullgrad_theory.policies import policies
-from fullgrad_theory.report import Report
-from fullgrad_theory.target import Shape, draw
+from fullgrad_theory.plan.plan import Plan
 
 
 def invoke(*arguments: object) -> Result:

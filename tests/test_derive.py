@@ -17,12 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullgrad_theory.degrees import State, degrees, liveness
-from fullgrad_theory.derive import derive_rules
+from fullgrad_theory.edits.base import Edit
+from fullgrad_theory.edits.kinds import OWN
+from fullgrad_theory.edits.policy import Policy
+from fullgrad_theory.edits.pruning import Prune
+from fullgrad_theory.edits.published import policies, policy
+from fullgrad_theory.edits.scaling import Scale
 from fullgrad_theory.errors import NoPlanError, UnknownNameError
-from fullgrad_theory.policies import Policy, policies, policy
-from fullgrad_theory.rules import NODE_EDITS, Edit, Prune, Scale
-from fullgrad_theory.trace import ComputationGraph, trace
+from fullgrad_theory.graph.computation import ComputationGraph
+from fullgrad_theory.graph.tracing import trace
+from fullgrad_theory.plan.derivation import derive_rules
+from fullgrad_theory.plan.labelling import State, degrees, liveness
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 W = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
@@ -410,7 +415,7 @@ def test_which_policies_leave_nothing(name: str, complete: set[str]) -> None:
 _ELSEWHERE = """
 import torch
 import torch.nn.functional as F
-from fullgrad_theory.derive import derive_rules
+from fullgrad_theory import derive_rules
 W = torch.eye(4)
 def model(x):
     x = x + torch.softmax(F.linear(x, W) @ F.linear(x, W).mT, -1) @ F.linear(F.gelu(x), W)
@@ -485,7 +490,7 @@ def candidates(graph: ComputationGraph, costs: Policy) -> list[tuple[int, Edit]]
                 found.append((costs.prune or 0, Prune(name, operand.name)))
         for mode in call.operator.modes(call):
             if mode.edit is not None:
-                found.append((costs.mode_cost(mode) or 0, NODE_EDITS[mode.edit](name)))
+                found.append((OWN[mode.edit].price(costs, mode) or 0, OWN[mode.edit](name)))
         for factor in (Fraction(1, 2), Fraction(1, 3), Fraction(2)):
             found.append((costs.scale or 0, Scale(name, factor)))
     return found

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullgrad_theory import evaluate as room
 from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.errors import FullgradError, InputError, NonFiniteError, UnknownNameError
-from fullgrad_theory.evaluate import Interval, Results, Row, evaluate
+from fullgrad_theory.measure import evaluation as room
+from fullgrad_theory.measure.evaluation import evaluate
+from fullgrad_theory.measure.results import Interval, Results, Row
 from fullgrad_theory.metrics import METRICS, Deletion, segmentation_ap, srg, to_pixels
 
 METHODS = ("fullgrad+", "gradcam+", "random")

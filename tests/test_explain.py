@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from fullgrad_theory import picture
 from fullgrad_theory.attribution import Explainer
-from fullgrad_theory.cli import app
+from fullgrad_theory.command import picture
+from fullgrad_theory.command.cli import app
 from fullgrad_theory.errors import InputError
 
 OWN = """

@@ -11,8 +11,8 @@ from xml.etree import ElementTree as xml
 
 import pytest
 
-from fullgrad_theory.formats import to_junit, to_sarif
-from fullgrad_theory.report import NodeReport, Report, Verdict
+from fullgrad_theory.check.formats import to_junit, to_sarif
+from fullgrad_theory.check.report import NodeReport, Report, Verdict
 
 FORBIDDEN = "\x00\x1b\ud800"
 

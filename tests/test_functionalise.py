@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fullgrad_theory.errors import TraceError
-from fullgrad_theory.functionalise import enter_autocast, leave_autocast, mutates
-from fullgrad_theory.trace import ComputationGraph, trace
+from fullgrad_theory.graph.computation import ComputationGraph
+from fullgrad_theory.graph.normal import enter_autocast, leave_autocast, mutates
+from fullgrad_theory.graph.tracing import trace
 
 Function = Callable[[Tensor], Any]
 

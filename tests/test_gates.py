@@ -5,8 +5,8 @@ from __future__ import annotations
 import mpmath as mp
 import pytest
 import torch
+from planted import GATES
 
-from fullgrad_theory.gates import GATES
 from fullgrad_theory.operators import Algebra, registered
 
 mp.mp.dps = 60

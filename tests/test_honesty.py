@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,17 +22,32 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 import fullgrad_theory as fgt
-from fullgrad_theory import backward, gates, quadrature
-from fullgrad_theory.balance import rewrite
-from fullgrad_theory.operators import Algebra, lookup, registered, target_name
-from fullgrad_theory.operators.samples import Sample, kinks, overload, samples
-from fullgrad_theory.rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
+from fullgrad_theory.backward.balanced import rewrite
+from fullgrad_theory.edits import quadrature, scaling
+from fullgrad_theory.edits.base import Edit
+from fullgrad_theory.edits.freezing import FreezeScale
+from fullgrad_theory.edits.integrating import Integrate
+from fullgrad_theory.edits.pruning import Prune
+from fullgrad_theory.edits.scaling import Scale
+from fullgrad_theory.edits.secants import Secant
+from fullgrad_theory.edits.writing import Writing
+from fullgrad_theory.operators import (
+    Algebra,
+    attention_form,
+    gates,
+    lookup,
+    norms,
+    registered,
+    target_name,
+)
+from fullgrad_theory.testing.samples import Sample, kinks, overload, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -45,7 +59,9 @@ LEFT_OUT = {
     "aten.where.Scalar": "it chooses between two numbers: no operand is live",
     "aten.to.prim_Device": "export writes it as aten.to.device",
 }
-NAMES = [o.name for o in registered() if o.algebra not in FROZEN and o.name not in LEFT_OUT]
+# composites are never in a graph: their steps are
+JUDGED = [o for o in registered() if o.algebra is not Algebra.COMPOSITE]
+NAMES = [o.name for o in JUDGED if o.algebra not in FROZEN and o.name not in LEFT_OUT]
 ELEMENTWISE = (Algebra.ZERO_ORIGIN, Algebra.ELEMENTWISE)
 GATED = [o.name for o in registered() if o.algebra in ELEMENTWISE]
 ATTENTION = "aten.scaled_dot_product_attention.default"
@@ -607,8 +623,8 @@ def test_edits_are_honest(name: str) -> None:
 
 
 def test_every_operation_that_carries_gradient_has_a_row() -> None:
-    frozen = {o.name for o in registered() if o.algebra in FROZEN}
-    assert {o.name for o in registered()} == {*NAMES, *LEFT_OUT} | frozen
+    frozen = {o.name for o in JUDGED if o.algebra in FROZEN}
+    assert {o.name for o in JUDGED} == {*NAMES, *LEFT_OUT} | frozen
     assert set(EXTRA) | {n for n, _ in NO_DERIVATIVE} <= set(NAMES)
     known = {e for n in NAMES for e in lookup(n).edits}  # type: ignore[union-attr]
     assert known == {"secant", "freeze", "integrate"}
@@ -799,69 +815,66 @@ def test_a_write_into_memory_has_a_backward() -> None:
 # --------------------------------------------------------------------------- can these tests fail?
 
 
-BALANCE: Any = sys.modules[rewrite.__module__]  # `fullgrad_theory.balance` is the function
-
-
 def plant_gate(op: str, wrong: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(gates.GATES, op, lambda u, *args, **kwargs: wrong(u))
+        planted.plant_gate(monkeypatch, op, lambda u, *args, **kwargs: wrong(u))
 
     return plant
 
 
 def plant_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     doubled = staticmethod(lambda ctx, grad: (2 * grad * ctx.factor, None))
-    monkeypatch.setattr(backward._Scale, "backward", doubled)
+    monkeypatch.setattr(scaling._Scale, "backward", doubled)
 
 
 def plant_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     nudged = staticmethod(lambda x, factor: x * (1 + 2.0**-52))
-    monkeypatch.setattr(backward._Scale, "forward", nudged)
+    monkeypatch.setattr(scaling._Scale, "forward", nudged)
 
 
 def plant_no_prune(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BALANCE, "_wrap_edge", lambda *args: None)
+    monkeypatch.setattr(Writing, "on_edge", lambda *args: None)
 
 
 def plant_prune_of_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every consumer loses the gradient."""
-    right = BALANCE._wrap_edge
+    right = Writing.on_edge
 
-    def wrong(graph: fx.Graph, node: fx.Node, argument: str, target: Any, *extra: Any) -> None:
-        before = set(graph.nodes)
-        right(graph, node, argument, target, *extra)
-        (wrapped,) = set(graph.nodes) - before
+    def wrong(self: Writing, node: fx.Node, argument: str, target: Any, *extra: Any) -> None:
+        before = set(self.graph.nodes)
+        right(self, node, argument, target, *extra)
+        (wrapped,) = set(self.graph.nodes) - before
         value = wrapped.args[0]
         value.prepend(wrapped)
         value.append(wrapped)
         value.replace_all_uses_with(wrapped, lambda user: user is not wrapped)
 
-    monkeypatch.setattr(BALANCE, "_wrap_edge", wrong)
+    monkeypatch.setattr(Writing, "on_edge", wrong)
 
 
 def plant_prune_of_the_other_edge(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, swap = BALANCE._wrap_edge, {"self": "other", "other": "self"}
+    right, swap = Writing.on_edge, {"self": "other", "other": "self"}
     monkeypatch.setattr(
-        BALANCE, "_wrap_edge", lambda graph, node, a, *rest: right(graph, node, swap[a], *rest)
+        Writing, "on_edge", lambda self, node, a, *rest: right(self, node, swap[a], *rest)
     )
 
 
 def plant_no_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
     op = "aten.layer_norm.default"
-    monkeypatch.setitem(backward.FREEZES, op, torch.ops.aten.layer_norm.default)
+    planted.plant_frozen(monkeypatch, op, torch.ops.aten.layer_norm.default)
 
 
 def plant_frozen_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(kind: str, grad: Tensor, weight: Tensor, rstd: Tensor, args: Any) -> Tensor:
         return grad * weight * rstd.reshape(*rstd.shape, *[1] * (grad.dim() - rstd.dim()))
 
-    monkeypatch.setattr(backward, "_frozen_gradient", wrong)
+    monkeypatch.setattr(norms, "_frozen_gradient", wrong)
 
 
 def plant_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = backward._transposed_attention
+    right = attention_form._transposed_attention
     monkeypatch.setattr(
-        backward, "_transposed_attention", lambda q, k, mask, *rest: right(q, k, None, *rest)
+        attention_form, "_transposed_attention", lambda q, k, mask, *rest: right(q, k, None, *rest)
     )
 
 

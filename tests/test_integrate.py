@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from planted import GATES
 from small_models import small
 from torch import Tensor, nn
 
 import fullgrad_theory as fgt
-from fullgrad_theory import gates
-from fullgrad_theory.degrees import degrees
+from fullgrad_theory.edits.integrating import integrate
 from fullgrad_theory.errors import (
     InputError,
     NonConvergenceWarning,
@@ -26,7 +26,7 @@ from fullgrad_theory.errors import (
     PlanError,
     UnknownNameError,
 )
-from fullgrad_theory.quadrature import integrate
+from fullgrad_theory.plan.labelling import degrees
 
 aten = torch.ops.aten
 CONVERGED = pytest.mark.filterwarnings("error::fullgrad_theory.errors.NonConvergenceWarning")
@@ -108,7 +108,7 @@ def gradient(op: str, along: tuple[str, ...], u: Tensor, *rest: object) -> Tenso
 def test_the_secant_is_its_closed_form(op: str) -> None:
     u = torch.tensor([-8.0, -1.5, -0.1, 0.0, 0.3, 2.0, 9.0], dtype=torch.float64)
     name = f"aten.{op}.default"
-    wanted = gates.GATES[name](u)
+    wanted = GATES[name](u)
     torch.testing.assert_close(gradient(name, ("self",), u), wanted, rtol=1e-10, atol=1e-12)
 
 

@@ -16,17 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fullgrad_theory import backward
-from fullgrad_theory.balance import balance
-from fullgrad_theory.check import check_completeness
-from fullgrad_theory.degrees import degrees
-from fullgrad_theory.derive import derive_rules
+from fullgrad_theory.backward.balanced import balance
+from fullgrad_theory.check.completeness import check_completeness
+from fullgrad_theory.check.report import Verdict
+from fullgrad_theory.edits.base import Edit
+from fullgrad_theory.edits.integrating import Integrate
+from fullgrad_theory.edits.pruning import Prune
+from fullgrad_theory.edits.secants import Secant, secant
 from fullgrad_theory.errors import NoPlanError
-from fullgrad_theory.operators.samples import overload
-from fullgrad_theory.plan import Plan
-from fullgrad_theory.report import Verdict
-from fullgrad_theory.rules import Edit, Integrate, Prune, Secant
-from fullgrad_theory.trace import ComputationGraph, trace
+from fullgrad_theory.graph.computation import ComputationGraph
+from fullgrad_theory.graph.tracing import trace
+from fullgrad_theory.plan.derivation import derive_rules
+from fullgrad_theory.plan.labelling import degrees
+from fullgrad_theory.plan.plan import Plan
+from fullgrad_theory.testing.samples import overload
 
 TOLERANCE = 1e-10
 
@@ -479,7 +482,7 @@ class Lifted(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.target is not backward.secant:
+        if n.target is not secant:
             return value
         name, _, *more = self.fetch_args_kwargs_from_env(n)[0]
         origin = overload(name)(torch.zeros((), dtype=value.dtype), *more, **n.kwargs)

@@ -18,7 +18,7 @@ from torchmetrics.classification import BinaryAveragePrecision
 from fullgrad_theory import metrics
 from fullgrad_theory.errors import InputError, UnknownNameError
 from fullgrad_theory.metrics import FRACTIONS, METRICS, Deletion
-from fullgrad_theory.metrics.removal import _refusal
+from fullgrad_theory.metrics.removing import _refusal
 
 VIT = {"img_size": 64, "patch_size": 8, "num_classes": 5, "embed_dim": 48, "depth": 2}
 TOKEN_MODELS = {

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullgrad_theory.derive import derive_rules
+from fullgrad_theory.edits.pruning import Prune
+from fullgrad_theory.edits.scaling import Scale
+from fullgrad_theory.edits.secants import Secant
 from fullgrad_theory.errors import PlanError
-from fullgrad_theory.plan import Plan, compress, fingerprint
-from fullgrad_theory.rules import Prune, Scale, Secant
-from fullgrad_theory.trace import ComputationGraph, trace
+from fullgrad_theory.graph.computation import ComputationGraph
+from fullgrad_theory.graph.tracing import trace
+from fullgrad_theory.plan.derivation import derive_rules
+from fullgrad_theory.plan.plan import Plan, compress, fingerprint
 
 
 class Layer(nn.Module):

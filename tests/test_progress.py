@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from fullgrad_theory.progress import progress
+from fullgrad_theory.bars import progress
 
 
 def run(seconds: float, after: float, terminal: bool) -> str:

@@ -11,8 +11,7 @@ from fractions import Fraction
 import pytest
 from rich.console import Console
 
-from fullgrad_theory.plan import Plan
-from fullgrad_theory.report import (
+from fullgrad_theory.check.report import (
     WIDTH,
     EndToEnd,
     IncompleteError,
@@ -21,7 +20,10 @@ from fullgrad_theory.report import (
     Verdict,
     group_nodes,
 )
-from fullgrad_theory.rules import FreezeScale, Prune, Scale
+from fullgrad_theory.edits.freezing import FreezeScale
+from fullgrad_theory.edits.pruning import Prune
+from fullgrad_theory.edits.scaling import Scale
+from fullgrad_theory.plan.plan import Plan
 
 
 def node(name: str, op: str, verdict: Verdict, path: str = "", **more: object) -> NodeReport:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fullgrad_theory as fgt
+from fullgrad_theory.check.report import Verdict
 from fullgrad_theory.errors import (
     FullgradError,
     InputError,
@@ -25,7 +26,6 @@ from fullgrad_theory.errors import (
     UnregisteredOperationError,
 )
 from fullgrad_theory.operators import registry
-from fullgrad_theory.report import Verdict
 
 SOUND = (Verdict.PROVED, Verdict.NUMERIC)
 

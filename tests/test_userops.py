@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import fullgrad_theory as fgt
 from fullgrad_theory import Algebra, Verdict
-from fullgrad_theory.blackbox import Measured, measure
 from fullgrad_theory.errors import InputError, UnknownNameError, UnregisteredOperationError
 from fullgrad_theory.operators import registry
+from fullgrad_theory.plan.measuring import Measured, measure
 
 SOUND = (Verdict.PROVED, Verdict.NUMERIC)
 _generator = torch.Generator().manual_seed(0)
@@ -245,7 +245,7 @@ def test_a_wrong_backward_is_said() -> None:
 
 def test_a_numeric_secant_is_the_closed_form() -> None:
     """Against gelu's and sigmoid's own, zeros and second derivatives included."""
-    from fullgrad_theory.gates import GATES
+    from planted import GATES
 
     x = torch.tensor([[-3.0, -1e-9, 0.0, 1e-7, 0.7], [2.0, 1e-5, -1e-4, 0.1, 5.0]]).double()
     for name in ("gelu", "sigmoid"):
@@ -282,7 +282,7 @@ class Foreign(nn.Module):
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from fullgrad_theory import cli
+    from fullgrad_theory.command import cli
 
     monkeypatch.setattr(cli, "_create", lambda *args, **kwargs: Foreign().eval())
     refused = CliRunner().invoke(cli.app, ["check", "foreign"])

@@ -21,8 +21,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fullgrad_theory.bars import progress
 from fullgrad_theory.data import Scenes
-from fullgrad_theory.progress import progress
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from fullgrad_theory.data import Sample, Scenes
-from fullgrad_theory.evaluate import Results, evaluate
+from fullgrad_theory.measure.evaluation import evaluate
+from fullgrad_theory.measure.results import Results, Row
 from fullgrad_theory.metrics import pointing_game, segmentation_ap
-from fullgrad_theory.results import Row
 
 from .ready import Ready
 from .setup import (

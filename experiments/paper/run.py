@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fullgrad_theory.evaluate import Results
+from fullgrad_theory.measure.results import Results
 
 from . import figures, measure, pictures, tables
 from .clip import train_clip

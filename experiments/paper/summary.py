@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fullgrad_theory.evaluate import Interval, Results
+from fullgrad_theory.measure.results import Interval, Results, Row
 from fullgrad_theory.metrics import METRICS
-from fullgrad_theory.results import Row
 
 from .setup import FAMILIES
 

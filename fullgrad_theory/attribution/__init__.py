@@ -1,6 +1,6 @@
 """Attribution maps: what each place in an image contributes to an output, by sixteen methods."""
 
-from .explain import Explainer, explain
+from .explainer import Explainer, explain
 from .map import Map
 from .methods import METHODS, Method
 

@@ -6,23 +6,19 @@ operations on it alone, a softmax or x / x.sum().
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..degrees import Liveness, State
-from ..operators import target_name
-from .locate import CONTRACTIONS
+from ..operators.algebra import Algebra, Role
+from ..operators.registry import has_role, record_of
+from ..plan.liveness import Liveness, State
 
 Shapes = Mapping[str, torch.Size | tuple[torch.Size, ...]]
 Orders = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-SOFTMAX = {"aten.softmax.int", "aten._softmax.default", "aten._safe_softmax.default"}
-_REDUCTIONS = {"aten.sum.dim_IntList", "aten.amax.default", "aten.max.dim"}
-_EINSUM = "aten.einsum.default"
-SDPA = "aten.scaled_dot_product_attention.default"
 FORMS = (
     "F.scaled_dot_product_attention, or matmul, bmm or einsum of values with a softmax or with "
     "x / x.sum()"
@@ -48,10 +44,6 @@ def live_operands(node: fx.Node, live: Liveness) -> int:
     return sum(is_live(live, a) for a in node.all_input_nodes)
 
 
-def has_weights(node: fx.Node) -> bool:
-    return any(word in target_name(node.target) for word in ("conv", "linear"))
-
-
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensors of a product, in order; one may be there twice."""
     flat = pytree.tree_leaves([*node.args])
@@ -74,19 +66,23 @@ def values(node: fx.Node, product: Product) -> fx.Node:
     return found
 
 
+def _multiplies(node: fx.Node) -> bool:
+    return has_role(node, Role.CONTRACTION) or has_role(node, Role.EQUATION)
+
+
 def product(shapes: Shapes, node: fx.Node, live: Liveness) -> Product | None:
     """How a node multiplies attention weights with values; None where it does not."""
-    name = target_name(node.target)
-    if name == SDPA:
+    record = record_of(node)
+    if record is not None and record.algebra is Algebra.ATTENTION:
         value, out = (len(shapes[n]) for n in (str(node.args[2]), node.name))
         return Product(None, _plain(out, value, out))
     pair = operands(node)
-    if (name not in CONTRACTIONS and name != _EINSUM) or len(pair) != 2:
+    if not _multiplies(node) or len(pair) != 2:
         return None
     weights = next((i for i in (0, 1) if normaliser(pair[i], live)), None)
     if weights is None:
         return None
-    if name == _EINSUM:
+    if has_role(node, Role.EQUATION):
         return _from_equation(str(node.args[0]), weights, len(shapes[node.name]))
     first, second, out = (len(shapes[n.name]) for n in (pair[weights], pair[1 - weights], node))
     if min(first, second, out) < 2:
@@ -122,9 +118,9 @@ def normaliser(node: object, live: Liveness) -> fx.Node | None:
     """The softmax, or x / x.sum(), that a value is, seen through operations with one live
     operand; None where it is none."""
     while isinstance(node, fx.Node) and node.name in live.calls:
-        if target_name(node.target) in SOFTMAX or _shares(node, live):
+        if has_role(node, Role.SOFTMAX) or _shares(node, live):
             return node
-        if target_name(node.target) in CONTRACTIONS:
+        if has_role(node, Role.CONTRACTION):
             return None
         node = _single(node, live)
     return None
@@ -137,10 +133,10 @@ def softmaxes(node: fx.Node, product: Product, live: Liveness) -> Iterator[fx.No
     todo, seen = [operands(node)[product.weights]], set[fx.Node]()
     while todo:
         node = todo.pop()
-        if node in seen or node.name not in live.calls or target_name(node.target) in CONTRACTIONS:
+        if node in seen or node.name not in live.calls or has_role(node, Role.CONTRACTION):
             continue
         seen.add(node)
-        if target_name(node.target) in SOFTMAX:
+        if has_role(node, Role.SOFTMAX):
             yield node
         else:
             todo += node.all_input_nodes
@@ -151,21 +147,21 @@ def _single(node: fx.Node, live: Liveness) -> fx.Node | None:
     there are several."""
     moving = [a for a in node.all_input_nodes if a.name in live.calls]
     for a in moving:
-        if all(b is a or _reduces(b, a, live, _REDUCTIONS) for b in moving):
+        if all(b is a or _reduces(b, a, live, Role.REDUCTION) for b in moving):
             return a
     return None
 
 
 def _shares(node: fx.Node, live: Liveness) -> bool:
     """x / x.sum(), a small number added perhaps."""
-    divided = target_name(node.target) == "aten.div.Tensor"
-    return divided and _reduces(node.args[1], node.args[0], live, {"aten.sum.dim_IntList"})
+    divided = has_role(node, Role.QUOTIENT)
+    return divided and _reduces(node.args[1], node.args[0], live, Role.SUM)
 
 
-def _reduces(node: object, of: object, live: Liveness, kinds: Collection[str]) -> bool:
+def _reduces(node: object, of: object, live: Liveness, role: Role) -> bool:
     """Whether a value is a reduction of another one, seen through operations on it alone."""
     while isinstance(node, fx.Node) and node.name in live.calls:
-        if target_name(node.target) in kinds:
+        if has_role(node, role):
             return node.args[0] is of
         moving = [a for a in node.all_input_nodes if a.name in live.calls]
         node = moving[0] if len(moving) == 1 else None
@@ -179,9 +175,9 @@ def scored(node: fx.Node, product: Product, live: Liveness) -> int:
         return sum(is_live(live, a) for a in node.args[:2] if isinstance(a, fx.Node))
     last = normaliser(operands(node)[product.weights], live)
     at = last.args[0] if last is not None else None
-    while isinstance(at, fx.Node) and at.name in live.calls and not has_weights(at):
+    while isinstance(at, fx.Node) and at.name in live.calls and not has_role(at, Role.WEIGHTED):
         following = _single(at, live)
-        if following is None or target_name(at.target) in {*CONTRACTIONS, _EINSUM}:
+        if following is None or _multiplies(at):
             return live_operands(at, live)
         at = following
     return 0

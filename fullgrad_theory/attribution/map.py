@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import regrid
+from .layouts import regrid
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .anatomy import Attention, Block
-from .layout import Cell, Layout, regrid, scatter
+from .layouts import Cell, Layout, regrid, scatter
 from .run import Need, Record, Weights
+from .structure import Attention, Block
 
 _TINY = 1e-30  # against 0 / 0 alone
 

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..balance import Balanced
-from ..bias import named
-from ..degrees import Degrees
+from ..backward.balanced import Balanced
+from ..backward.running import Run, finite_products
+from ..check.numeric import float_leaves
 from ..errors import InputError
-from ..fullgrad import Run, finite_products, original_args
-from ..numeric import float_leaves
-from ..operators import Algebra
-from ..operators.base import bias_operands
-from .anatomy import Anatomy, Attention
-from .layout import Cell
+from ..operators.algebra import Algebra
+from ..operators.calls import named
+from ..operators.traced import operation_args
+from ..plan.labelling import Degrees
+from .layouts import Cell
+from .structure import Anatomy, Attention
 
 Target = int | Sequence[int] | Tensor | None
 
@@ -132,7 +132,8 @@ def counted(labels: Degrees) -> Degrees:
     norms = {
         name: ("bias",)
         for name, call in labels.live.calls.items()
-        if call.operator.algebra is Algebra.NORMALISER and bias_operands(call) == ("bias",)
+        if call.operator.algebra is Algebra.NORMALISER
+        and call.operator.bias_operands(call) == ("bias",)
     }
     return replace(labels, biases=norms | dict(labels.biases))
 
@@ -204,7 +205,7 @@ class _Gathering(Run):
 
     def bound(self, n: fx.Node, args: Any, kwargs: Any) -> dict[str, Any]:
         """Arguments by the names that the unedited operation gives them, detached."""
-        given = named(self.original[n.name].target, original_args(n, args), kwargs)
+        given = named(self.original[n.name].target, operation_args(n.target, args), kwargs)
         return pytree.tree_map_only(Tensor, Tensor.detach, given)
 
     def _watch(self, n: fx.Node, args: Any, kwargs: Any, value: Any) -> None:

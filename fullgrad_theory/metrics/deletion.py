@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..bars import Tick
 from ..errors import InputError
-from ..progress import Tick
-from ..trace import Inputs, Model, as_module, split_inputs
+from ..graph.door import Inputs, Model, as_module, split_inputs
 from .curves import FRACTIONS, Curves
-from .removal import logits_of, removal
+from .removing import logits_of, removal
 from .sequence import Grid
 
 

@@ -1,22 +1,6 @@
-"""What each operation is: tables by algebraic class, one line an operation."""
+"""What each operation is: one record an operation, in tables by algebraic class."""
 
-from . import elementwise, freezing, homogeneous, linear, normaliser, smooth, structural
-from .base import LEMMAS, Algebra, Call, Mode, Operand, Operator, Relation, bind, target_name
-from .registry import lookup, register, registered
+import lazy_loader
 
-__all__ = [
-    "LEMMAS",
-    "Algebra",
-    "Call",
-    "Mode",
-    "Operand",
-    "Operator",
-    "Relation",
-    "bind",
-    "lookup",
-    "register",
-    "registered",
-    "target_name",
-]
-
-TABLES = (structural, linear, homogeneous, elementwise, normaliser, smooth, freezing)
+# a name is imported when it is used: what only names classes and roles needs no torch
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

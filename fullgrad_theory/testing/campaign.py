@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..bars import Tick
 from ..errors import InputError
-from ..operators import lookup
-from ..operators.base import parse_signature
-from ..operators.samples import overload
-from ..progress import Tick
+from ..operators.registry import lookup
+from ..operators.relations import parse_signature
 from .independent import is_real
 from .properties import PropertyError, check_properties
+from .samples import overload
 from .strategies import (
     Architecture,
     Statement,

@@ -23,16 +23,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..balance import Balanced, balance, rewrite
-from ..check import check_completeness
-from ..degrees import Degrees, Fact, degrees
-from ..derive import derive_rules
+from ..backward.balanced import Balanced, balance, rewrite
+from ..check.completeness import check_completeness
+from ..check.report import Report, Verdict
+from ..edits.base import Edit
+from ..edits.freezing import FreezeScale
+from ..edits.integrating import Integrate
+from ..edits.pruning import Prune
+from ..edits.scaling import Scale
+from ..edits.secants import Secant
 from ..errors import NonFiniteError, NoPlanError, TraceError, UnregisteredOperationError
-from ..operators import Algebra, bind, lookup, target_name
-from ..plan import Plan
-from ..report import Report, Verdict
-from ..rules import Edit, FreezeScale, Integrate, Prune, Scale, Secant
-from ..trace import ComputationGraph, trace
+from ..graph.computation import ComputationGraph
+from ..graph.tracing import trace
+from ..operators.algebra import Algebra
+from ..operators.calls import bind, target_name
+from ..operators.registry import lookup
+from ..plan.derivation import derive_rules
+from ..plan.labelling import Degrees, Fact, degrees
+from ..plan.plan import Plan
 from .independent import Bound, Evaluation, Tracker, Unjudged, evaluate, is_real, literal_divisors
 from .strategies import Architecture
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..functionalise import SPREADS
-from ..operators import Algebra, lookup, registered, target_name
-from ..operators.samples import _Draw, cases, overload
+from ..operators.algebra import Algebra
+from ..operators.registry import lookup, registered
+from .samples import _Draw, cases, overload
 
 Draw = Callable[[int, int], int]
 """draw(low, high): an integer of that closed interval"""
@@ -39,6 +39,8 @@ NOT_DRAWN = {
     "aten.sym_stride.int": "a stride is a number in a graph of fixed shapes",
     "aten.item.default": "export writes it as aten._local_scalar_dense",
     "aten.equal.default": "its result is a Python bool, which export refuses to branch on",
+    "aten.rnn_tanh_cell.default": "its layer is drawn, which is opened into the same steps",
+    "aten.rnn_relu_cell.default": "its layer is drawn, which is opened into the same steps",
     **dict.fromkeys(
         "add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_".split(),
         "numbers in, numbers out: torch's own operators are drawn instead",
@@ -284,8 +286,7 @@ def drawable() -> tuple[str, ...]:
     Of torch's own: what else was registered has no samples here."""
     order = list(Algebra)
     entries = sorted(registered(), key=lambda o: (order.index(o.algebra), o.name))
-    own = (o.name for o in entries if o.name.startswith("aten.") or o.name == "getitem")
-    names = (*own, *map(target_name, SPREADS))
+    names = (o.name for o in entries if o.name.startswith("aten.") or o.name == "getitem")
     return tuple(name for name in names if name not in NOT_DRAWN and cases(name))
 
 

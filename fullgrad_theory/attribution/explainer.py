@@ -1,0 +1,242 @@
+"""The door: a model, images, methods; maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..backward.balanced import Balanced, balance
+from ..check.numeric import float_leaves
+from ..edits.policy import Policy
+from ..errors import InputError, unknown_name
+from ..graph.computation import ComputationGraph, tensor_value
+from ..graph.door import Inputs, Model
+from ..plan.labelling import degrees
+from ..plan.plan import Plan
+from . import sampled
+from .layouts import Cell
+from .map import Map
+from .methods import METHODS, Method, Placed
+from .run import Need, Target, choose, counted, gather, targets
+from .structure import Anatomy, anatomy
+
+
+class Explainer:
+    """Attribution maps of a model that takes one image tensor (B, C, H, W), made ready once.
+
+    `inputs`: an example, left out where the model says what it takes. `policy`: the edits of the
+    backward, None for the gradient as it is; a balanced model brings its own. A traced model saves
+    tracing again for every policy. Nothing of the model changes.
+    """
+
+    def __init__(
+        self,
+        model: Model | Balanced | ComputationGraph,
+        inputs: Inputs = None,
+        policy: str | Policy | Plan | None = None,
+    ) -> None:
+        if isinstance(model, Balanced):
+            if policy is not None:
+                raise InputError("a balanced model has its edits; leave the policy out")
+            balanced = model
+        else:
+            balanced = balance(model, inputs, "plain" if policy is None else policy)
+        graph = balanced.graph
+        if graph is None:
+            raise InputError("a balanced model that was copied or loaded has no graph; balance()")
+        values = [tensor_value(n) for n in graph.placeholders]
+        if len(values) != 1 or values[0] is None or values[0].dim() != 4:
+            shapes = [tuple(v.shape) for v in values if v is not None]
+            raise InputError(
+                f"maps are of models that take one image tensor (B, C, H, W), this one takes "
+                f"{shapes}; fullgrad() splits the output of any model"
+            )
+        (image,) = pytree.tree_leaves((graph.args, graph.kwargs))
+        self.model, self.shape, self.dtype = balanced, tuple(image.shape[1:]), image.dtype
+        if not graph.dynamic and image.shape[0] > 1:
+            raise InputError(
+                f"this model takes batches of {image.shape[0]} only; pass inputs of one image"
+            )
+        self.labels = counted(degrees(graph, balanced.plan.edits))
+        self.anatomy: Anatomy = anatomy(graph, self.labels.live, image[:1].detach())
+        self._one_by_one = not graph.dynamic or _folded(self.anatomy, self.labels.biases)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The module paths of the blocks, in order."""
+        return tuple(b.path for b in self.anatomy.blocks)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens at the first block, of pixels where there is none."""
+        if not self.anatomy.blocks:
+            return self.shape[1], self.shape[2]
+        return self.anatomy.stream[self.anatomy.blocks[0].input].grid
+
+    def applying(self) -> tuple[str, ...]:
+        """The methods that apply to this model."""
+        return tuple(name for name, method in METHODS.items() if self._lacks(method) is None)
+
+    def _lacks(self, method: Method) -> str | None:
+        found, needs = self.anatomy, method.needs
+        attention = needs & {Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS}
+        if attention and not found.attention:
+            return f"attention between tokens in a form that is recognised ({found.forms})"
+        if needs & {Need.BLOCKS, *attention} and not found.blocks:
+            return "blocks on a grid of tokens"
+        if Need.LAYERS in needs and not found.layers:
+            return "attention in blocks whose output is as the last one's"
+        if Need.STREAM in needs and all(site.step is None for site in found.attention):
+            return str(Need.STREAM)
+        if Need.STEADY in needs and not found.steady:
+            return str(Need.STEADY)
+        return None
+
+    def _methods(self, names: str | Sequence[str]) -> dict[str, Method]:
+        chosen = {}
+        for name in [names] if isinstance(names, str) else names:
+            if name not in METHODS:
+                raise unknown_name("method", name, METHODS)
+            chosen[name] = METHODS[name]
+            lacks = self._lacks(chosen[name])
+            if lacks is not None:
+                raise InputError(
+                    f"{name} needs {lacks}, which this model does not have; methods that apply: "
+                    f"{', '.join(self.applying())}"
+                )
+        if not chosen:
+            raise InputError(f"name a method: {', '.join(self.applying())}")
+        return chosen
+
+    @torch.inference_mode(False)
+    def __call__(
+        self,
+        x: Tensor,
+        methods: str | Sequence[str] = "fullgrad+",
+        target: Target = None,
+        seed: int = 0,
+    ) -> dict[str, Map]:
+        """Maps of images (B, C, H, W) by each of the methods, for a target or the prediction.
+
+        `target`: one class for all, or one a sample. All gradient methods share one forward and one
+        backward. `seed` is for random and SmoothGrad. Raises `InputError`, `UnknownNameError`.
+        """
+        chosen = self._methods(methods)
+        if not isinstance(x, Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {got}"
+            )
+        if x.dtype != self.dtype:
+            raise InputError(f"expected images of {self.dtype}, as the model is, got {x.dtype}")
+        if x.shape[0] == 0:
+            raise InputError("a batch without images has nothing to attribute")
+        if not self._one_by_one or x.shape[0] == 1:
+            return self._explain(x, chosen, target, seed)
+        index = None if target is None else torch.as_tensor(target)
+        if index is not None and index.dim() == 1 and index.shape[0] != x.shape[0]:
+            raise InputError(f"{index.shape[0]} targets for {x.shape[0]} samples")
+        parts = []
+        for i in range(x.shape[0]):
+            own = index if index is None or index.dim() == 0 else index[i : i + 1]
+            parts.append(self._explain(x[i : i + 1], chosen, own, seed + i))
+        return {name: _join([part[name] for part in parts]) for name in chosen}
+
+    def _explain(
+        self, x: Tensor, chosen: dict[str, Method], target: Target, seed: int
+    ) -> dict[str, Map]:
+        needs = frozenset[Need]().union(*(m.needs for m in chosen.values()))
+        record = None
+        if any(m.function is not None for m in chosen.values()):
+            record = gather(self.model, self.labels, self.anatomy, x, target, needs)
+            output, index = record.output, record.target
+        else:
+            with torch.no_grad():
+                values = self.scores(x)
+                index = targets(values, target)
+                output = choose(values, index)
+        maps = {}
+        for name, method in chosen.items():
+            if method.function is not None and record is not None:
+                found = method.function(record)
+            else:
+                found = self._sampled(name, x.detach(), index, seed)
+            maps[name] = self._map(name, found, output, index)
+        return maps
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The model's output, (B, classes): the first float tensor of it, where it is several."""
+        return float_leaves(self.model.fx(x))[0]
+
+    def _sampled(self, name: str, x: Tensor, index: Tensor | None, seed: int) -> Placed:
+        if name == "random":
+            draws = [torch.Generator().manual_seed(seed + i) for i in range(x.shape[0])]
+            values = torch.stack([torch.randn(self.grid, generator=g) for g in draws])
+            return Placed(values.to(x), self._cell())
+        parts, origins = [], []
+        for i in range(x.shape[0]):
+            own = None if index is None else index[i : i + 1]
+            one = x[i : i + 1]
+
+            def score(images: Tensor, own: Tensor | None = own) -> Tensor:
+                output = self.scores(images.to(x.dtype))  # captum's noise is of float32
+                return choose(output, own if own is None else own.expand(output.shape[0]))
+
+            if name == "smoothgrad":
+                parts.append(sampled.smoothgrad(score, one, seed + i))
+            else:
+                parts.append(sampled.integrated_gradients(score, one))
+                with torch.no_grad():  # what f is at 0 has no place, as a bias's share
+                    origins.append(score(torch.zeros_like(one)))
+        found = torch.cat(parts)
+        total = found.flatten(1).sum(1) + torch.cat(origins) if origins else None
+        return Placed(found.sum(1), (1.0, 1.0), total)
+
+    def _cell(self) -> Cell:
+        if not self.anatomy.blocks:
+            return 1.0, 1.0
+        return self.anatomy.stream[self.anatomy.blocks[0].input].cell
+
+    def _map(self, name: str, found: Placed, output: Tensor, index: Tensor | None) -> Map:
+        image = self.shape[1], self.shape[2]
+        grids = [s.grid for s in self.anatomy.stream.values() if s.cell == found.cell]
+        rows, columns = (max(sizes) for sizes in zip(*grids, strict=True)) if grids else image
+        total = None if found.total is None else found.total.to(output)
+        values = found.values[:, :rows, :columns].detach()
+        cell = self._cell()
+        tiled = self.grid[0] * cell[0], self.grid[1] * cell[1]
+        return Map(name, values, output, index, total, image, found.cell, tiled)
+
+
+def _folded(found: Anatomy, biases: Iterable[str]) -> bool:
+    """Whether a value's batch cannot be told apart, so that samples must be run one by one."""
+    names = {*biases, *found.stream, *(s.node for s in found.attention)}
+    return any(found.layout(name).batch is None for name in names)
+
+
+def _join(parts: Sequence[Map]) -> Map:
+    first = parts[0]
+
+    def cat(name: str) -> Tensor | None:
+        if getattr(first, name) is None:
+            return None
+        return torch.cat([getattr(p, name) for p in parts])
+
+    values, output = torch.cat([p.values for p in parts]), torch.cat([p.output for p in parts])
+    total = cat("total")
+    return replace(first, values=values, output=output, target=cat("target"), total=total)
+
+
+def explain(
+    model: Model | Balanced,
+    inputs: Tensor,
+    method: str = "fullgrad+",
+    target: Target = None,
+    policy: str | Policy | Plan | None = None,
+) -> Map:
+    """The map of images (B, C, H, W) by one method; see `Explainer`, which is faster for many."""
+    return Explainer(model, inputs, policy)(inputs, method, target)[method]

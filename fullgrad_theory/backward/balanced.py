@@ -1,0 +1,144 @@
+"""A plan written into the graph: same forward bit for bit, edited backward."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..edits.folding import fold
+from ..edits.kinds import Edit
+from ..edits.policy import Policy
+from ..edits.writing import Writing
+from ..errors import InputError
+from ..graph.computation import ComputationGraph, tensor_value
+from ..graph.door import Inputs, Model
+from ..graph.leaves import LeafSpec
+from ..plan.derivation import derive_rules
+from ..plan.labelling import degrees
+from ..plan.measuring import graph_of as _graph
+from ..plan.plan import Plan
+
+
+class Balanced(nn.Module):
+    """A model with an edited backward pass. `fx`: the rewritten graph; `plan`: what was written.
+
+    Parameters are shared with the user's model: moving or casting this module moves that one too.
+    """
+
+    def __init__(self, graph: ComputationGraph, plan: Plan) -> None:
+        super().__init__()
+        graph = fold(graph, plan.edits)
+        self.fx = rewrite(graph, plan.edits)
+        self.plan = plan
+        self.graph: ComputationGraph | None = graph
+        self._shapes = [
+            tuple(s if isinstance(s, int) else None for s in value.shape)
+            for value in map(tensor_value, graph.placeholders)
+            if value is not None
+        ]
+        function = graph.model.forward if isinstance(graph.model, nn.Module) else graph.model
+        self._positional, self._keywords = len(graph.args), tuple(graph.kwargs)
+        self._names = _parameter_names(function)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._as_traced(args, kwargs)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for given, wanted in zip(tensors, self._shapes, strict=False):
+            fits = given.dim() == len(wanted) and all(
+                w is None or s == w for s, w in zip(given.shape, wanted, strict=True)
+            )
+            if not fits:
+                shape = tuple("any" if w is None else w for w in wanted)
+                raise InputError(
+                    f"this model was balanced for inputs of shape {shape}, got "
+                    f"{tuple(given.shape)}; call balance() again with inputs of that shape"
+                )
+        return self.fx(*args, **kwargs)
+
+    def _as_traced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments in the form they were traced in: the graph takes them by position."""
+        if len(args) == self._positional and tuple(kwargs) == self._keywords:
+            return args, kwargs
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        wanted = (*self._names[: self._positional], *self._keywords)
+        if set(named) != set(wanted) or len(named) != len(args) + len(kwargs):
+            raise InputError(
+                f"this model was balanced for the arguments ({', '.join(wanted)}), got "
+                f"{len(args)} by position and {sorted(kwargs)} by name; call balance() again"
+            )
+        first = tuple(named[n] for n in wanted[: self._positional])
+        return first, {n: named[n] for n in self._keywords}
+
+    def __getstate__(self) -> dict[str, Any]:
+        modules = self._modules | {"fx": _with_submodules(self.fx)}
+        return self.__dict__ | {"graph": None, "_modules": modules}  # fake tensors do not pickle
+
+
+def _with_submodules(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph that calls modules as functions (leaves), with submodules for them: that pickles."""
+    if not any(isinstance(node.target, nn.Module) for node in module.graph.nodes):
+        return module
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph), "Balanced")
+    for node in copied.graph.nodes:
+        if isinstance(node.target, nn.Module):
+            name = f"_{node.name}"
+            copied.add_submodule(name, node.target)
+            node.op, node.target = "call_module", name
+    copied.recompile()
+    return copied.eval()
+
+
+def _parameter_names(function: Any) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except ValueError:  # a builtin, torch.sin
+        return ()
+
+
+def balance(
+    model: Model | ComputationGraph,
+    inputs: Inputs = None,
+    policy: str | Policy | Plan = "libra",
+    *,
+    unknown: str = "error",
+    leaves: Collection[LeafSpec] = (),
+) -> Balanced:
+    """The model with a policy's (or a plan's) edits in its backward: an ordinary `nn.Module`.
+
+    The forward is that of `model` bit for bit; any batch size that it takes is taken; nothing of it
+    changes. `unknown` as in `check_completeness`, `leaves` as in `trace`. Raises what `trace` and
+    `derive_rules` raise, and `PlanError`.
+    """
+    graph = _graph(model, inputs, leaves, unknown)
+    plan = policy if isinstance(policy, Plan) else derive_rules(graph, policy=policy)
+    return Balanced(graph, plan)
+
+
+def rewrite(
+    graph: ComputationGraph, edits: tuple[Edit, ...], root: nn.Module | None = None
+) -> fx.GraphModule:
+    """A copy of the graph with the edits written in, over the model's parameters or `root`'s.
+
+    Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `scale`; a secant, a
+    frozen norm, an attention with pruned weights and an integral have their own backward.
+    """
+    graph = fold(graph, edits)
+    labels = cache(lambda: degrees(graph, edits))
+    writing = Writing(
+        graph,
+        edits,
+        moving=lambda name: labels().live.calls[name].moving,
+        rays=lambda name: labels().rays.get(name, ()),
+    )
+    module = fx.GraphModule(graph.fx if root is None else root, writing.write(), "Balanced")
+    module.eval()
+    return module

@@ -1,0 +1,261 @@
+"""A user's own model, named as on the command line: `package.module:attribute` or `file.py:...`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..graph.door import Model
+from ..graph.sources import first_line, shorten
+
+
+def is_target(name: str) -> bool:
+    """Whether a name is one of the user's own, and no timm model's."""
+    return ":" in name or name.endswith(".py")
+
+
+def file_of(name: str) -> str:
+    """`'path/to/file.py:1'`, the file that a target names; "" for whatever names none."""
+    where = name if name.endswith(".py") else name.rpartition(":")[0]
+    path = Path(where if where.endswith(".py") else where.replace(".", "/"))
+    tried = (path, path.parent / f"{path.name}.py", path / "__init__.py") if where else ()
+    return next((f"{shorten(str(p.absolute()))}:1" for p in tried if p.is_file()), "")
+
+
+def load(target: str) -> Model:
+    """The module (in eval mode) or the function that a target names; imports the user's code.
+
+    A class or a function that takes no arguments is called and must return an nn.Module; a function
+    with optional ones that returns anything else, and any other callable, is itself the model. The
+    working folder (for a file outside a package, its folder too) becomes importable. Raises
+    `InputError`, with the user's file and line where their code raised.
+    """
+    where, attribute = _split(target)
+    _importable(Path.cwd())
+    found: Any = _file(Path(where)) if where.endswith(".py") else _module(where)
+    if not attribute:
+        names = [n for n, v in vars(found).items() if callable(v) and _written_in(v, found)]
+        raise InputError(f"name the model in {where}: {_few(f'{where}:{n}' for n in names)}")
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            owner = getattr(found, "__name__", type(found).__name__)
+            raise InputError(f"{owner} has no attribute {part!r}; {_near(part, dir(found))}")
+        found = getattr(found, part)
+    return _made(found, target)
+
+
+def _split(target: str) -> tuple[str, str]:
+    if target.endswith(".py"):
+        return target, ""
+    where, _, attribute = target.rpartition(":")
+    if not where or not attribute:
+        raise InputError(f"{target!r} is no package.module:attribute, nor file.py:attribute")
+    return where, attribute
+
+
+def _made(found: Any, target: str) -> Model:
+    """A model from an attribute: itself, or what it returns."""
+    if isinstance(found, nn.Module):
+        return found.eval()
+    if not callable(found):
+        raise InputError(
+            f"{target} is {_kind(found)}; name an nn.Module, or a class or a function that makes "
+            "one without arguments"
+        )
+    if inspect.isclass(found) and not issubclass(found, nn.Module):
+        raise InputError(f"{target} is a class, but not one of nn.Module")
+    parameters = _parameters(found)
+    if parameters is None or any(map(_needed, parameters)):
+        if inspect.isclass(found):
+            raise InputError(
+                f"{target} needs arguments, {found.__name__}{inspect.signature(found)}: name a "
+                "function without any that makes it"
+            )
+        return found
+    made = _run(found, f"{target} cannot be called")
+    if isinstance(made, nn.Module):
+        return made.eval()
+    if not parameters:
+        raise InputError(
+            f"{target}() returns {_kind(made)}: a function without arguments must make an nn.Module"
+        )
+    return found
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """What a function takes, None where that is not known (a builtin)."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:
+        return None
+
+
+def _needed(parameter: inspect.Parameter) -> bool:
+    """Whether a call has to give it. `*args` counts: a function of tensors has it, no builder."""
+    return parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+
+
+def _kind(value: Any) -> str:
+    return f"of type {type(value).__name__}" if value is not None else "None"
+
+
+# --------------------------------------------------------------------------- importing
+
+
+def _importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        known = all(name.split(".")) and importlib.util.find_spec(name.split(".")[0])
+    except ValueError:  # __main__, and the like
+        known = False
+    if not known:
+        here = [m.name for m in pkgutil.iter_modules([str(Path.cwd())])]
+        raise InputError(f"there is no module {name!r} here; {_near(name, here)}")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name + ".").startswith(error.name + "."):
+            parent, _, last = error.name.rpartition(".")
+            beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))
+            near = _near(last, [m.name for m in beside])
+            raise InputError(f"there is no module {error.name!r}; {near}") from None
+        raise InputError(_failed(f"cannot import {name}", error)) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(_failed(f"cannot import {name}", error)) from error
+
+
+def _file(path: Path) -> ModuleType:
+    """A file's module: as part of the package it is in, else as `python file.py` would."""
+    path = path.absolute()
+    if not path.is_file():
+        beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+        raise InputError(
+            f"there is no file {shorten(str(path))}; {_near(path.name, [p.name for p in beside])}"
+        )
+    folder, name = path.parent, [] if path.stem == "__init__" else [path.stem]
+    while (folder / "__init__.py").is_file():
+        folder, name = folder.parent, [folder.name, *name]
+    _importable(folder)
+    if folder != path.parent:
+        return _module(".".join(name))
+    free = path.stem if path.stem not in sys.modules else f"_{path.stem}_"
+    spec = importlib.util.spec_from_file_location(free, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[free] = module  # dataclasses and pickle look their module up
+    _run(partial(spec.loader.exec_module, module), f"cannot import {shorten(str(path))}")
+    return module
+
+
+def _run(call: Callable[[], Any], what: str) -> Any:
+    try:
+        return call()
+    except (Exception, SystemExit) as error:
+        raise InputError(_failed(what, error)) from error
+
+
+def _failed(what: str, error: BaseException) -> str:
+    at = _raised_at(error)
+    return f"{what}: {first_line(error)}" + (f" (at {at})" if at else "")
+
+
+_OURS = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
+_STANDARD = (sysconfig.get_path("stdlib"), "<")
+
+
+def _distance(file: str) -> int:
+    """0 for the user's own code, 1 for a library, 2 for torch, this package and Python itself."""
+    if file.startswith(_OURS):
+        return 2
+    if {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return 1
+    return 2 if file.startswith(_STANDARD) else 0
+
+
+def _raised_at(error: BaseException) -> str:
+    """The innermost line of the user's code, rather than of a library they call."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{shorten(error.filename)}:{error.lineno}"
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    least = min((_distance(file) for file, _ in frames), default=2)
+    theirs = [f"{shorten(file)}:{line}" for file, line in frames if _distance(file) == least]
+    return theirs[-1] if least < 2 else ""
+
+
+def _written_in(value: Any, module: ModuleType) -> bool:
+    return isinstance(value, nn.Module) or getattr(value, "__module__", None) == module.__name__
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    public = [k for k in known if not k.startswith("_")]
+    near = difflib.get_close_matches(name, public, n=4, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"there is {_few(public)}"
+
+
+def _few(names: Iterator[str] | Sequence[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "nothing"
+
+
+# --------------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One argument of a model: sizes, and its dtype where it is not the model's."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """`'1,3,224,224'` or `'2,16:int64'`; raises `InputError`."""
+        sizes, _, kind = text.partition(":")
+        dtype = getattr(torch, kind, None) if kind else None
+        numbers = [part.strip() for part in sizes.split(",")]
+        if not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise InputError(f"{text!r} is no shape; write sizes above 0 like 1,3,224,224")
+        if kind and not isinstance(dtype, torch.dtype):
+            raise InputError(f"{kind!r} is no dtype of torch; try float32, int64 or bool")
+        return cls(tuple(map(int, numbers)), dtype)
+
+
+def draw(
+    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Seeded tensors of these shapes: normal in `dtype`, integers and bools from {0, 1}.
+
+    0 and 1 are valid as token ids, as classes and as a mask, whatever the vocabulary.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(shape: Shape) -> Tensor:
+        kind = shape.dtype or dtype
+        if kind.is_floating_point or kind.is_complex:
+            wide = torch.complex64 if kind.is_complex else torch.float32
+            tensor = torch.randn(shape.sizes, generator=generator, dtype=wide)
+        else:
+            tensor = torch.randint(0, 2, shape.sizes, generator=generator)
+        return tensor.to(device, kind)
+
+    return tuple(map(one, shapes))

@@ -1,0 +1,83 @@
+"""A sub-layer folded into one call, so that it can be integrated as one function.
+
+The folded graph is a graph like any other: the region's exit keeps its name and calls the region,
+whose operands are the values it reads from outside, weights included.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import replace
+
+from torch import fx, nn
+
+from ..errors import PlanError
+from ..graph.computation import ComputationGraph
+from ..graph.normal import enter_autocast, leave_autocast
+from ..operators.region import region_of
+from .base import Edit
+from .integrating import Integrate
+
+
+def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
+    """The graph with the region of every `Integrate` folded into its exit; itself without one.
+
+    Raises `PlanError` where a region is not in the graph, has another exit, or changes autocast.
+    """
+    regions = [e for e in edits if isinstance(e, Integrate) and e.region]
+    todo = [e for e in regions if _open(graph, e)]
+    if not todo:
+        return graph
+    module = fx.GraphModule(graph.fx, copy.deepcopy(graph.fx.graph), graph.name)
+    for edit in todo:
+        _fold_one(graph, module, edit)
+    module.graph.lint()
+    module.recompile()
+    module.eval()
+    return replace(graph, fx=module)
+
+
+def _open(graph: ComputationGraph, edit: Integrate) -> bool:
+    """Whether the region is still to be folded."""
+    found = graph.nodes.get(edit.node)
+    return found is None or found.target is not region_of
+
+
+def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Integrate) -> None:
+    nodes = {n.name: n for n in module.graph.nodes}
+    missing = sorted({edit.node, *edit.region} - nodes.keys())
+    if missing:
+        raise PlanError(f"the region of {edit.node} is not of this graph: {', '.join(missing[:5])}")
+    inside = [n for n in module.graph.nodes if n.name in {edit.node, *edit.region}]
+    leave = exits(inside)
+    if [n.name for n in leave] != [edit.node]:
+        names = "; ".join(graph.describe(n.name) for n in leave[:4])
+        raise PlanError(f"a region is left at one node, {edit.node}; this one is left at {names}")
+    order = list(module.graph.nodes)
+    between = order[order.index(inside[0]) : order.index(inside[-1])]
+    if any(n.target in (enter_autocast, leave_autocast) for n in between):
+        raise PlanError(f"the region of {edit.node} enters or leaves autocast: take one within it")
+    graph_of_region = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    reads = dict.fromkeys(u for n in inside for u in n.all_input_nodes if u not in inside)
+    for value in reads:
+        copies[value] = graph_of_region.placeholder(value.name)
+    for node in inside:
+        copies[node] = graph_of_region.node_copy(node, copies.__getitem__)
+    leaving = nodes[edit.node]
+    graph_of_region.output(copies[leaving])
+    path = f"region_of_{edit.node}"
+    module.add_submodule(path, fx.GraphModule(nn.Module(), graph_of_region, "Region"))
+    with module.graph.inserting_before(leaving):
+        inner = module.graph.get_attr(path)
+    leaving.target, leaving.args, leaving.kwargs = region_of, (inner, edit.node, *reads), {}
+    for node in reversed(inside):
+        if node is not leaving:
+            module.graph.erase_node(node)
+
+
+def exits(inside: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes among `inside` that others read."""
+    within = set(inside)
+    return [n for n in inside if any(user not in within for user in n.users)]

@@ -1,0 +1,81 @@
+"""FreezeScale: 1/sigma of a normalisation is held fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from ..errors import PlanError
+from ..operators.calls import target_name
+from ..operators.relations import Mode
+from .base import Edit, Stage
+from .policy import Policy
+from .writing import Target, Writing
+
+
+@dataclass(frozen=True, order=True)
+class FreezeScale(Edit):
+    """A normalisation layer's 1/sigma is held fixed; its centring stays linear."""
+
+    kind = "freeze"
+    stage = Stage.OWN
+
+    @staticmethod
+    def price(policy: Policy, mode: Mode) -> int | None:
+        return policy.freeze
+
+    def words(self, node: str) -> str:
+        return f"freeze 1/sigma of {node}"
+
+    def write(self, writing: Writing) -> None:
+        node = writing.nodes[self.node]
+        frozen = writing.operator(self.node).frozen
+        if frozen is None:
+            raise PlanError(f"{writing.describe(self.node)} has no form with 1/sigma held fixed")
+        if frozen.exact:
+            node.target = frozen.form
+        else:
+            node.target = FrozenForm(node.target, frozen.form)
+
+
+class _Instead(Function):
+    """One value with the gradient of another."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, other: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grad.to(ctx.dtype)
+
+
+class FrozenForm(Target):
+    """An operation with the gradient of its frozen form, which computes the same with other bits.
+
+    `form` takes the operation's arguments, and is run beside it. Raises `PlanError` where its
+    result is of another shape.
+    """
+
+    def __init__(self, function: Any, form: Any) -> None:
+        super().__init__(function)
+        self.__module__, self.__name__ = __name__, "frozen_form"
+        self.form = form
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        value, other = self.function(*args, **kwargs).detach(), self.form(*args, **kwargs)
+        if value.shape != other.shape:
+            raise PlanError(
+                f"the frozen form of {target_name(self.function)} gives {tuple(other.shape)}, the "
+                f"operation {tuple(value.shape)}"
+            )
+        return _Instead.apply(value, other)

@@ -1,0 +1,184 @@
+"""What comes in: a module, a layer or a function, and the inputs it is traced with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, wraps
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, TrainingModeError
+from .sources import is_users, shorten
+
+Model = nn.Module | Callable[..., Any]
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
+
+
+class _Function(nn.Module):
+    """A function as a module, so that torch.export takes it; its signature stays the function's.
+
+    Modules it is bound to or closes over are submodules here, so that their parameters have names.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.training = False  # not eval(), which would change the user's modules
+        for name, module in _modules_of(function):
+            self.add_module(name, module)
+        self.function = function
+        self.forward = _as_forward(function)
+
+
+def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
+    code = getattr(function, "__code__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    found: list[tuple[str, Any]] = [("model", getattr(function, "__self__", None))]
+    for name, cell in zip(code.co_freevars if code else (), cells, strict=False):
+        try:
+            found.append((name, cell.cell_contents))
+        except ValueError:  # an empty cell
+            continue
+    return ((name, value) for name, value in found if isinstance(value, nn.Module))
+
+
+def _as_forward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that export takes, and whose lines it records: those of frames called forward."""
+    if isinstance(function, FunctionType):
+        code = function.__code__.replace(co_name="forward")
+        renamed = FunctionType(
+            code,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        renamed.__kwdefaults__ = function.__kwdefaults__
+        return wraps(function)(renamed)
+    if isinstance(function, MethodType):
+        return function
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    try:
+        forward.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    except ValueError:  # a builtin, torch.sin
+        return lambda *args: function(*args)
+    return forward
+
+
+def as_module(model: Model) -> nn.Module:
+    """The model itself, or a function wrapped into a module; refuses a model in training mode."""
+    if not callable(model):
+        raise InputError(f"expected a torch.nn.Module or a function, got {type(model).__name__}")
+    wrapped = model if isinstance(model, nn.Module) else _Function(model)
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile
+    for path, module in wrapped.named_modules():
+        if module.training:
+            what = f"its submodule {path!r}" if path else "it"
+            raise TrainingModeError(
+                f"{name_of(model)} is in training mode ({what} has training=True): dropout "
+                "and batch norm then depend on chance or on the batch; call model.eval() first"
+            )
+    return wrapped
+
+
+def name_of(model: Model) -> str:
+    if isinstance(model, nn.Module):
+        return type(model).__name__
+    own = getattr(model, "__name__", None)
+    return own or (name_of(model.func) if isinstance(model, partial) else type(model).__name__)
+
+
+def default_inputs(model: Model, batch: int = 1) -> tuple[Tensor, ...]:
+    """Seeded random inputs where the model says what it takes (timm's `pretrained_cfg`)."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if size is None:
+        raise InputError(
+            f"{name_of(model)} does not say what it takes; pass inputs, for example "
+            "inputs=torch.randn(1, 3, 224, 224), or a tuple of tensors in the order of forward()"
+        )
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(own, (tuple, list)) and len(own) == 2:
+        size = (size[0], *own)
+    device, dtype = home(model)
+    if device.type == "meta":
+        return (torch.zeros((batch, *size), device=device, dtype=dtype),)
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn((batch, *size), generator=generator).to(device, dtype),)
+
+
+def home(model: Model) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's first floating-point tensor; cpu and float32 if it has none."""
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def split_inputs(model: Model, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`inputs` as (args, kwargs): a tensor, a tuple of arguments, or a mapping of keywords."""
+    if inputs is None:
+        return default_inputs(model), {}
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(
+        f"inputs must be a tensor, a tuple of arguments or a dict of keywords, not "
+        f"{type(inputs).__name__}"
+    )
+
+
+def tensors_of(*trees: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Tensor))
+
+
+def own_copy() -> Callable[[Tensor], Tensor]:
+    """Export merges arguments that are the same tensor: give the later ones a copy of their own.
+
+    Tensors made in inference mode take no gradient; their copies do.
+    """
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        again = id(tensor) in seen
+        seen.add(id(tensor))
+        return tensor.clone() if again or tensor.is_inference() else tensor
+
+    return own
+
+
+def check_arguments(
+    module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise where the inputs do not fit the signature of forward()."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit {name_of(model)}: {error}; its forward takes {signature}, pass "
+            "a tuple of arguments in that order or a dict of keywords"
+        ) from error
+
+
+def definition(model: Model) -> str:
+    """Where a model's class, or a function, is written, as `source_line`; "" if in torch."""
+    while isinstance(model, partial):
+        model = model.func
+    what = model if isinstance(model, (FunctionType, MethodType)) else type(model)
+    try:
+        file, line = inspect.getsourcefile(what), inspect.getsourcelines(what)[1]
+    except (OSError, TypeError):  # a builtin, or code without a file
+        return ""
+    return f"{shorten(file)}:{line}" if file and is_users(file) else ""

@@ -1,0 +1,210 @@
+"""Normalises an exported graph: no higher-order nodes, no assertions, composites in their steps."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ..errors import TraceError
+from ..operators.algebra import Algebra
+from ..operators.calls import target_name
+from ..operators.record import Operator
+from ..operators.registry import lookup
+from .fakes import fake_mode
+
+aten = torch.ops.aten
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Replace `wrap_with_set_grad_enabled` and `wrap_with_autocast` by their bodies.
+
+    A no-grad region's results are detached; an autocast region is entered and left by two calls.
+    """
+    regions = {
+        torch.ops.higher_order.wrap_with_set_grad_enabled: _no_grad_region,
+        torch.ops.higher_order.wrap_with_autocast: _autocast_region,
+    }
+    again = True
+    while again:  # a region's body may hold regions
+        again = False
+        for node in list(module.graph.nodes):
+            if node.op == "call_function" and node.target in regions:
+                again = True
+                with module.graph.inserting_before(node):
+                    results = regions[node.target](module, node)
+                for user in list(node.users):
+                    if user.target is not operator.getitem:
+                        raise TraceError(f"cannot inline {node.name}: used whole by {user.name}")
+                    user.replace_all_uses_with(results[user.args[1]])
+                    module.graph.erase_node(user)
+                module.graph.erase_node(node)
+            elif node.op == "call_function" and isinstance(
+                node.target, torch._ops.HigherOrderOperator
+            ):
+                raise TraceError(
+                    f"node {node.name} is {node.target}, control flow that depends on data; "
+                    "trace the branch you mean, or the layers around it, as a module of their own"
+                )
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+
+
+def _body(module: fx.GraphModule, attribute: fx.Node, arguments: tuple[Any, ...]) -> list[Any]:
+    body = module.get_submodule(str(attribute.target))
+    assert isinstance(body, fx.GraphModule)
+    env: dict[fx.Node, Any] = {}
+    inputs = iter(arguments)
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(inputs)
+        elif inner.op == "output":
+            results = inner.args[0]
+            results = results if isinstance(results, (list, tuple)) else (results,)
+            return [env[r] if isinstance(r, fx.Node) else r for r in results]
+        else:
+            copy = module.graph.node_copy(inner, lambda n: env[n])
+            if inner.op == "get_attr":
+                copy.target = f"{attribute.target}.{inner.target}"
+            env[inner] = copy
+    raise TraceError(f"the region {attribute.target} has no output")
+
+
+def _no_grad_region(module: fx.GraphModule, node: fx.Node) -> list[Any]:
+    """The body on detached operands: what it computes and what it writes carries no gradient."""
+    enabled, attribute, *arguments = node.args
+    if not enabled:
+        arguments = [_detached(module.graph, a) for a in arguments]
+    return _body(module, attribute, tuple(arguments))  # type: ignore[arg-type]
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+        return value
+    copy = graph.call_function(aten.detach.default, (value,))
+    copy.meta = dict(value.meta)
+    return copy
+
+
+def enter_autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool) -> Any:
+    """Enter an autocast region; returns what `leave_autocast` takes."""
+    return torch.amp.autocast_mode._enter_autocast(device, dtype, enabled, cache)
+
+
+def leave_autocast(region: Any) -> None:
+    """Leave the region that `enter_autocast` entered."""
+    torch.amp.autocast_mode._exit_autocast(region)
+
+
+def _autocast_region(module: fx.GraphModule, node: fx.Node) -> list[Any]:
+    device, dtype, enabled, cache, attribute, *arguments = node.args
+    graph = module.graph
+    region = graph.call_function(enter_autocast, (device, dtype, enabled, cache))
+    results = _body(module, attribute, tuple(arguments))  # type: ignore[arg-type]
+    leave = graph.call_function(leave_autocast, (region,))
+    inside = region.next
+    while enabled and inside is not leave:  # in-place operations are never autocast
+        if mutates(inside):
+            with graph.inserting_before(inside):
+                outside = graph.call_function(enter_autocast, (device, dtype, False, cache))
+            with graph.inserting_after(inside):
+                inside = graph.call_function(leave_autocast, (outside,))
+        inside = inside.next
+    return results
+
+
+def drop_assertions(module: fx.GraphModule) -> None:
+    """Remove assertions and guards: a balanced model checks its inputs itself."""
+    for node in reversed(list(module.graph.nodes)):
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or _asserts(node):
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(is_impure_node=is_effect)
+
+
+def _asserts(node: fx.Node) -> bool:
+    """Whether a call returns nothing and writes nothing: all it can do is raise."""
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    return schema is not None and not schema.returns and not schema.is_mutable
+
+
+def is_effect(node: fx.Node) -> bool:
+    return (
+        node.op in ("placeholder", "output")
+        or node.target in (enter_autocast, leave_autocast)
+        or bool(mutates(node))
+    )
+
+
+def unroll(module: fx.GraphModule) -> None:
+    """Replace what is `opened` on its device by the calls that torch makes for it."""
+    mode = fake_mode(module.graph)
+    for node in list(module.graph.nodes):
+        record = lookup(target_name(node.target)) if node.op == "call_function" else None
+        if mode is not None and record is not None and _opens(record, node):
+            given = {n: n.meta["val"] for n in node.all_input_nodes}
+            given = {
+                n: v if hasattr(v, "fake_mode") else mode.from_tensor(v) for n, v in given.items()
+            }
+            nodes = list(given)
+
+            def compute(*values: Tensor, at: fx.Node = node, nodes: list[fx.Node] = nodes) -> Any:
+                env = dict(zip(nodes, values, strict=True))
+                args, kwargs = fx.map_arg((at.args, at.kwargs), env.__getitem__)
+                target: Any = at.target
+                return target.decompose(*args, **kwargs)
+
+            with mode:
+                steps = make_fx(compute, pre_dispatch=record.algebra is not Algebra.COMPOSITE)(
+                    *given.values()
+                )
+            _splice(module, node, steps, nodes)
+
+
+def _opens(record: Operator, node: fx.Node) -> bool:
+    """Whether a call is opened on the device that its results are on."""
+    devices = {v.device.type for v in _tensors(node.meta.get("val"))}
+    return record.opened is None or (bool(record.opened) and devices <= {*record.opened})
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _splice(
+    module: fx.GraphModule, node: fx.Node, steps: fx.GraphModule, given: list[fx.Node]
+) -> None:
+    inputs = iter(given)
+    env: dict[fx.Node, fx.Node] = {}
+    kept = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    with module.graph.inserting_before(node):
+        for inner in steps.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = next(inputs)
+            elif inner.op == "output":
+                results = inner.args[0]
+            else:
+                env[inner] = module.graph.node_copy(inner, env.__getitem__)
+                env[inner].meta = {"val": inner.meta["val"]} | kept
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(env[results])
+    for user in list(node.users):
+        user.replace_all_uses_with(env[results[user.args[1]]])
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+
+
+def mutates(node: fx.Node) -> str | None:
+    """The name of the argument that a call writes to, None for a pure call."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return None
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return str(argument.name)
+    return None

@@ -1,0 +1,14 @@
+from .algebra import Algebra as Algebra
+from .algebra import Role as Role
+from .calls import Call as Call
+from .calls import Operand as Operand
+from .calls import bind as bind
+from .calls import target_name as target_name
+from .record import Frozen as Frozen
+from .record import Operator as Operator
+from .registry import lookup as lookup
+from .registry import register as register
+from .registry import registered as registered
+from .relations import Mode as Mode
+from .relations import Relation as Relation
+from .views import View as View

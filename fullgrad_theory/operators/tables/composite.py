@@ -1,0 +1,36 @@
+"""Composites: a trace holds what torch makes of them, and that is judged.
+
+meshgrid and its like return a view of each of their operands, which have nothing to do with each
+other. Recurrent cells are steps on the CPU; elsewhere they are kernels with other bits. Those of
+LSTM and GRU write in place, in strides of their own, and a functional copy of them has other bits:
+they stay whole.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..algebra import Algebra
+from .rows import Table, rows
+
+composite = rows(Algebra.COMPOSITE)
+
+
+def _one_kernel(arguments: Mapping[str, Any]) -> str | None:
+    return "on this device it is one kernel, whose steps nobody sees; trace it on the CPU"
+
+
+TABLE: Table = (
+    *composite(
+        "aten.meshgrid.default aten.meshgrid.indexing aten.broadcast_tensors.default",
+        "tensors",
+        opened=None,
+        proved=False,
+    ),
+    *composite(
+        "aten.rnn_tanh_cell.default aten.rnn_relu_cell.default",
+        "input",
+        opened=("cpu", "meta"),
+        refuses=_one_kernel,
+        proved=False,
+    ),
+)
