@@ -281,7 +281,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"freeze": True}, PolicyError, "freeze=True"),
     ({"prune": "30"}, PolicyError, "or None, which forbids"),
     ({"prune": 10**6}, PolicyError, "from 1 to"),
-    ({"leave": {"softmaxx": 1}}, UnknownNameError, "'softmax'"),
+    ({"leave": {"softmaxx": 1}}, UnknownNameError, "'softmaxx'"),
     ({"leave": {Algebra.SMOOTH: None}}, PolicyError, "leave"),
     ({"prune_of": {"aten.sigmoid": 5}}, UnknownNameError, "did you mean aten.sigmoid.default"),
     ({"prune_of": {"aten.sigmoid.default": -5}}, PolicyError, "prune_of"),

@@ -250,14 +250,11 @@ def _judge(
     if wrong:
         return natural, Breach("zero", call, wrong)
     if len(totals) > 1:
-        kind = (
-            "frozen"
-            if _adds_frozen(relation, seen)
-            else "ray"
-            if mode.edit == "integrate"
-            else "sum"
-        )
-        return natural, Breach(kind, call, totals=tuple(sorted(totals)))
+        degrees = tuple(sorted(totals))
+        if _adds_frozen(relation, seen):
+            return natural, Breach("frozen", call, totals=degrees)
+        integrated = mode.edit == "integrate"
+        return natural, Breach("ray" if integrated else "sum", call, totals=degrees)
     if relation.domain is not None and natural not in relation.domain:
         return natural, Breach("eps" if call.eps else "constant", call, totals=(natural,))
     return natural, None
