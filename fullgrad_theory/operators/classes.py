@@ -29,7 +29,8 @@ class Class:
 
     `why`: what is wrong with an operand of a degree other than 0, for a reader. `reader`: how bias
     leaves contribute, None where each output has an f(0) of its own. `lacks`: what an entry of this
-    class leaves out that it must have, as the words to write, or None.
+    class leaves out that it must have, as the words to write, or None. `ruled`: whether degrees
+    follow from the signature.
     """
 
     lemma: str
@@ -38,6 +39,10 @@ class Class:
     why: str = "it has no degree in"
     reader: Reader | None = at_zero
     lacks: Callable[[Operator], str | None] = lambda operator: None
+
+    @property
+    def ruled(self) -> bool:
+        return self.modes in (_polynomial, _normaliser)
 
 
 # --------------------------------------------------------------------------- modes
@@ -78,8 +83,8 @@ def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
 
 
 def _attention(op: Operator, call: Call) -> tuple[Mode, ...]:
-    weights = tuple(sorted(call.moving & {"query", "key", "attn_mask"}))
-    values = ((("value", Fraction(1)),),) if "value" in call.moving else ()
+    weights = tuple(sorted(call.moving - {op.vanishes}))
+    values = (((op.vanishes, Fraction(1)),),) if op.vanishes in call.moving else ()
     plain = Mode(None, (Relation(values, weights),))
     mask = call.moving & {"attn_mask"}  # restricts the domain: held fixed
     if mask and not values:
@@ -138,6 +143,10 @@ def _lacks_frozen(op: Operator) -> str | None:
     )
 
 
+def _lacks_values(op: Operator) -> str | None:
+    return None if op.vanishes else "vanishes=, the operand that is attended to, its values"
+
+
 _OPERAND = "it is not homogeneous in"
 CLASSES: Mapping[Algebra, Class] = {
     Algebra.STRUCTURAL: Class("linear without a bias: J u = v", _polynomial),
@@ -178,6 +187,7 @@ CLASSES: Mapping[Algebra, Class] = {
         ("integrate",),
         "its weights depend on",
         None,
+        _lacks_values,
     ),
     Algebra.SMOOTH: Class(
         "integral of J along the ray from 0: J~ u + f(0) = f(u), f(0) a bias leaf",
@@ -189,7 +199,7 @@ CLASSES: Mapping[Algebra, Class] = {
         "of degree 0 where every operand is of degree 0; its ray from 0 is broken", _singular
     ),
     Algebra.FREEZING: Class("carries no gradient: degree 0", _freezing),
-    Algebra.FACTORY: Class("independent of every live value", _polynomial),
+    Algebra.FACTORY: Class("independent of every live value", _freezing),
     Algebra.COMPOSITE: Class(
         "opened when it is traced: the operations that torch makes of it are judged", _singular
     ),

@@ -9,6 +9,8 @@ from torch import fx
 
 from .algebra import Algebra, Role
 from .calls import argument_names, overload, target_name
+from .classes import CLASSES
+from .readers import Reader
 from .record import Frozen, Gate, Operator
 from .region import REGION
 from .relations import signature_names
@@ -61,6 +63,7 @@ def register(
     frozen: Frozen | Callable[..., Any] | None = None,
     normalised: str = "",
     eps: str = "eps",
+    reader: Reader | None = None,
     view: View | None = None,
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None,
     roles: Collection[Role] = (),
@@ -75,7 +78,8 @@ def register(
     the class needs what is not given.
     """
     names = _known_names(name)
-    rule = signature if signature is not None else _only_tensor(name, algebra)
+    ruled = CLASSES[algebra].ruled or signature is not None
+    rule = signature if signature is not None else _only_tensor(name, algebra) if ruled else "self"
     operator = Operator(
         name,
         algebra,
@@ -86,12 +90,14 @@ def register(
         Frozen(frozen) if callable(frozen) else frozen,
         normalised or signature_names(rule)[0],
         eps,
-        view=view,
+        reader,
+        view,
         refuses=refuses,
         roles=frozenset(roles),
         note=note,
     )
-    for argument in (*signature_names(rule), *filter(None, (vanishes, normalised))):
+    said = signature_names(rule) if ruled else ()
+    for argument in (*said, *filter(None, (vanishes, normalised))):
         check_argument(name, names, argument)
     lacking = operator.kind.lacks(operator)
     if lacking:

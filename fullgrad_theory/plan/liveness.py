@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -55,7 +55,8 @@ def liveness(graph: ComputationGraph) -> Liveness:
 
     Raises `UnregisteredOperationError` with every operation on the way that nobody registered.
     """
-    live, unknown = _walk(graph)
+    walk = _walk(graph)
+    unknown = walk.unknown
     if unknown:
         nodes: dict[str, list[str]] = {}
         for node, call in unknown.items():
@@ -75,7 +76,7 @@ def liveness(graph: ComputationGraph) -> Liveness:
             + "\nor have them measured as black boxes, for a verdict of numeric at most: "
             'unknown="measure" (on the command line --unknown measure)'
         )
-    return replace(live, calls=_mark_eps(graph, dict(live.calls)))
+    return Liveness(walk.states, _mark_eps(graph, walk.calls), tuple(walk.sources))
 
 
 def _entry(call: Call) -> str:
@@ -87,70 +88,90 @@ def _entry(call: Call) -> str:
 
 def unregistered(graph: ComputationGraph) -> dict[str, Call]:
     """The calls that read moving values and that neither the registry nor a measurement knows."""
-    return _walk(graph)[1]
+    return _walk(graph).unknown
 
 
-def _walk(graph: ComputationGraph) -> tuple[Liveness, dict[str, Call]]:
-    """The states of all nodes, and the calls nobody knows, which are taken to be live."""
-    states: dict[str, tuple[State, ...]] = {}
-    calls: dict[str, Call] = {}
-    sources: list[str] = []
-    unknown: dict[str, Call] = {}
-    ids: set[str] = set()  # integer values that come from an integer input alone
+@dataclass
+class _Walk:
+    """What is known on the way through a graph. `unknown`: calls nobody knows, taken to be live;
+    `ids`: integer values that come from an integer input alone."""
+
+    graph: ComputationGraph
+    states: dict[str, tuple[State, ...]] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    unknown: dict[str, Call] = field(default_factory=dict)
+    ids: set[str] = field(default_factory=set)
+
+    def state(self, node: fx.Node) -> State:
+        return _most(self.states[node.name])
+
+
+def _walk(graph: ComputationGraph) -> _Walk:
+    walk = _Walk(graph)
     for node in graph.fx.graph.nodes:
         state: tuple[State, ...] = (State.CONSTANT,)
-        inputs = node.all_input_nodes
         if node.op == "placeholder":
-            if is_float(node):
-                state = (State.LIVE,)
-                sources.append(node.name)
-            elif holds_tensor(node):
-                state = (State.FROZEN,)
-                ids.add(node.name)
+            state = (_input(walk, node),)
         elif node.op == "call_function" and node.target not in (enter_autocast, leave_autocast):
-            name = target_name(node.target)
-            moves = [n for n in inputs if _most(states[n.name]) is not State.CONSTANT]
-            moving = bool(moves)
-            only_ids = moving and all(n.name in ids for n in moves)
-            if only_ids and not is_float(node):
-                ids.add(node.name)
-            known = lookup(name)
-            if only_ids and known is not None and Role.LOOKUP in known.roles:
-                state = (State.LIVE,)
-                sources.append(node.name)
-            elif not moving and known is None and _is_random(node):
-                raise TrainingModeError(
-                    f"{graph.describe(node.name)} is random: two runs differ, and no verdict holds "
-                    "for both; draw it outside of the model and pass it in, or keep it in a buffer"
-                )
-            elif not holds_tensor(node):
-                pass  # a size or a flag: independent of values
-            elif node.target is operator.getitem and moving:
-                state = _item(states[inputs[0].name], node.args[1])
-                calls[node.name] = _call(known, node, states)  # type: ignore[arg-type]
-            elif moving:
-                found = graph.measured.get(node.name) or known
-                if found is None:
-                    nobody = Operator(name, Algebra.SMOOTH)
-                    unknown[node.name] = _call(nobody, node, states)
-                    state = (State.LIVE,)
-                else:
-                    call = _call(found, node, states)
-                    _check_names(graph, call, node)
-                    refused = found.refuses(call.arguments) if found.refuses else None
-                    if refused:
-                        raise UnregisteredOperationError(f"{graph.describe(node.name)}: {refused}")
-                    if call.moving:  # else the input lends a shape
-                        calls[node.name] = call
-                        state = _result(found, node, call, states)
-        states[node.name] = state
-    return Liveness(states, calls, tuple(sources)), unknown
+            state = _called(walk, node)
+        walk.states[node.name] = state
+    return walk
+
+
+def _input(walk: _Walk, node: fx.Node) -> State:
+    if is_float(node):
+        walk.sources.append(node.name)
+        return State.LIVE
+    if holds_tensor(node):
+        walk.ids.add(node.name)
+        return State.FROZEN
+    return State.CONSTANT
+
+
+def _called(walk: _Walk, node: fx.Node) -> tuple[State, ...]:
+    """The states of a call's outputs; writes down the call where it reads what moves."""
+    known = lookup(target_name(node.target))
+    moves = [n for n in node.all_input_nodes if walk.state(n) is not State.CONSTANT]
+    if moves and all(n.name in walk.ids for n in moves):
+        if known is not None and Role.LOOKUP in known.roles:
+            walk.sources.append(node.name)  # attribution ends where ids become values
+            return (State.LIVE,)
+        if not is_float(node):
+            walk.ids.add(node.name)
+    if not moves and known is None and _is_random(node):
+        raise TrainingModeError(
+            f"{walk.graph.describe(node.name)} is random: two runs differ, and no verdict holds "
+            "for both; draw it outside of the model and pass it in, or keep it in a buffer"
+        )
+    if not moves or not holds_tensor(node):  # a size or a flag is independent of values
+        return (State.CONSTANT,)
+    found = walk.graph.measured.get(node.name) or known
+    if node.target is operator.getitem and known is not None:
+        walk.calls[node.name] = _call(known, node, walk)
+        return _item(walk.states[node.all_input_nodes[0].name], node.args[1])
+    if found is None:
+        nobody = Operator(target_name(node.target), Algebra.SMOOTH)
+        walk.unknown[node.name] = _call(nobody, node, walk)
+        return (State.LIVE,)
+    return _known_call(walk, node, _call(found, node, walk))
+
+
+def _known_call(walk: _Walk, node: fx.Node, call: Call) -> tuple[State, ...]:
+    _check_names(walk.graph, call, node)
+    refuses = call.operator.refuses
+    refused = refuses(call.arguments) if refuses else None
+    if refused:
+        raise UnregisteredOperationError(f"{walk.graph.describe(node.name)}: {refused}")
+    if not call.moving:  # the input lends a shape
+        return (State.CONSTANT,)
+    walk.calls[node.name] = call
+    return _result(node, call, walk)
 
 
 def _check_names(graph: ComputationGraph, call: Call, node: fx.Node) -> None:
     """What is kept whole gets its arguments when it is traced: its degree rule is read here."""
-    polynomial_class = not call.operator.edits and call.operator.algebra is not Algebra.FREEZING
-    if call.operator.name.startswith(LEAF) and polynomial_class:
+    if call.operator.name.startswith(LEAF) and call.operator.kind.ruled:
         try:
             for argument in signature_names(call.operator.signature):
                 check_argument(call.operator.name, call.arguments, argument)
@@ -166,7 +187,7 @@ def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:
     return (states[index],) if len(states) > 1 else states
 
 
-def _call(op: Operator, node: fx.Node, states: Mapping[str, tuple[State, ...]]) -> Call:
+def _call(op: Operator, node: fx.Node, walk: _Walk) -> Call:
     arguments = bind(node)
     every = tuple(operands(arguments))
     moving = frozenset(
@@ -174,23 +195,22 @@ def _call(op: Operator, node: fx.Node, states: Mapping[str, tuple[State, ...]]) 
         for o in every
         if o.node is not None
         and o.name not in op.shapes
-        and _most(states[o.node.name]) is not State.CONSTANT
+        and walk.state(o.node) is not State.CONSTANT
     )
     return Call(op, every, arguments, moving)
 
 
-def _result(
-    op: Operator, node: fx.Node, call: Call, states: Mapping[str, tuple[State, ...]]
-) -> tuple[State, ...]:
-    if op.algebra is Algebra.FACTORY:
+def _result(node: fx.Node, call: Call, walk: _Walk) -> tuple[State, ...]:
+    """The states of a known call's outputs, by its class."""
+    if call.operator.algebra is Algebra.FACTORY:
         return (State.CONSTANT,)
     live = any(
-        _most(states[o.node.name]) is State.LIVE
+        o.node is not None and walk.state(o.node) is State.LIVE
         for o in call.operands
-        if o.name in call.moving and o.node is not None
+        if o.name in call.moving
     )
-    outputs = op.modes(call)[0].outputs
-    if op.algebra is Algebra.FREEZING or not live or not is_float(node):
+    outputs = call.operator.modes(call)[0].outputs
+    if call.operator.algebra is Algebra.FREEZING or not live or not is_float(node):
         return (State.FROZEN,) * len(outputs)
     return tuple(State.FROZEN if r.frozen else State.LIVE for r in outputs)
 
