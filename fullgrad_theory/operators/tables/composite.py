@@ -21,13 +21,13 @@ def _one_kernel(arguments: Mapping[str, Any]) -> str | None:
 
 TABLE: Table = (
     *composite(
-        "aten.meshgrid.default aten.meshgrid.indexing aten.broadcast_tensors.default",
+        "meshgrid meshgrid.indexing broadcast_tensors",
         "tensors",
         opened=None,
         proved=False,
     ),
     *composite(
-        "aten.rnn_tanh_cell.default aten.rnn_relu_cell.default",
+        "rnn_tanh_cell rnn_relu_cell",
         "input",
         opened=("cpu", "meta"),
         refuses=_one_kernel,

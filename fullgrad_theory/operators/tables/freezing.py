@@ -21,41 +21,26 @@ def _only_divides(arguments: Mapping[str, Any]) -> str | None:
 TABLE: Table = (
     *freezing(
         """
-        aten.detach.default aten.detach_copy.default aten.sign.default aten.floor.default
-        aten.ceil.default aten.round.default aten.round.decimals aten.trunc.default aten.fix.default
-        aten.heaviside.default aten.floor_divide.default aten.floor_divide.Scalar aten.eq.Tensor
-        aten.eq.Scalar aten.ne.Tensor aten.ne.Scalar aten.gt.Tensor aten.gt.Scalar aten.ge.Tensor
-        aten.ge.Scalar aten.lt.Tensor aten.lt.Scalar aten.le.Tensor aten.le.Scalar
-        aten.greater.Tensor aten.less.Tensor aten.isclose.default aten.equal.default
-        aten.logical_not.default aten.logical_and.default aten.logical_or.default
-        aten.logical_xor.default aten.bitwise_not.default aten.bitwise_and.Tensor
-        aten.bitwise_and.Scalar aten.bitwise_or.Tensor aten.bitwise_or.Scalar
-        aten.bitwise_xor.Tensor aten.__and__.Tensor aten.__or__.Tensor aten.isnan.default
-        aten.isinf.default aten.isfinite.default aten.signbit.default aten.argmax.default
-        aten.argmin.default aten.argsort.default aten.argsort.stable aten.one_hot.default
-        aten.bucketize.Tensor aten.searchsorted.Tensor aten.nonzero.default aten.argwhere.default
-        aten.count_nonzero.default aten.any.default aten.any.dim aten.all.default aten.all.dim
-        aten.item.default aten._local_scalar_dense.default
+        detach detach_copy sign floor ceil round round.decimals trunc fix heaviside floor_divide
+        floor_divide.Scalar eq.Tensor eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor
+        ge.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar greater.Tensor less.Tensor isclose equal
+        logical_not logical_and logical_or logical_xor bitwise_not bitwise_and.Tensor
+        bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor __and__.Tensor
+        __or__.Tensor isnan isinf isfinite signbit argmax argmin argsort argsort.stable one_hot
+        bucketize.Tensor searchsorted.Tensor nonzero argwhere count_nonzero any any.dim all all.dim
+        item _local_scalar_dense
         """
     ),
+    *freezing("view.dtype", view=views.OF_MEMORY),
+    *freezing("div.Tensor_mode div.Scalar_mode", refuses=_only_divides),
     # Numbers in, numbers out. Sizes are constants and never come here; a number read off a value
     # (`item`) is frozen, and so is all that is made of it: frozen is not constant.
-    *freezing(
-        """
-        add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_
-        aten.arange.default aten.arange.start aten.arange.start_step aten.linspace.default
-        aten.full.default aten.scalar_tensor.default
-        """
-    ),
-    *freezing("aten.view.dtype", view=views.OF_MEMORY),
-    *freezing("aten.div.Tensor_mode aten.div.Scalar_mode", refuses=_only_divides),
+    *freezing("add sub mul truediv floordiv mod pow neg eq ne lt le gt ge and_ or_", python=True),
+    *freezing("arange arange.start arange.start_step linspace full scalar_tensor"),
     *factory(
         """
-        aten.zeros_like.default aten.ones_like.default aten.full_like.default
-        aten.empty_like.default aten.new_zeros.default aten.new_ones.default aten.new_full.default
-        aten.new_empty.default aten.zeros.default aten.ones.default aten.empty.memory_format
-        aten.eye.default aten.eye.m aten.fill.Scalar aten.sym_size.int aten.sym_numel.default
-        aten.sym_stride.int
-        """,
+        zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty zeros ones
+        empty.memory_format eye eye.m fill.Scalar sym_size.int sym_numel sym_stride.int
+        """
     ),
 )

@@ -18,25 +18,21 @@ def _runs_on_statistics(arguments: Mapping[str, Any]) -> str | None:
 
 TABLE: Table = (
     *normaliser(
-        "aten.layer_norm.default",
+        "layer_norm",
         "input*weight + bias",
         reader=readers.bias_of_last,
         frozen=norms.LAYER_NORM,
     ),
+    *normaliser("native_layer_norm", "input*weight + bias ; - ; -", frozen=norms.NATIVE_LAYER_NORM),
     *normaliser(
-        "aten.native_layer_norm.default",
-        "input*weight + bias ; - ; -",
-        frozen=norms.NATIVE_LAYER_NORM,
-    ),
-    *normaliser(
-        "aten.group_norm.default",
+        "group_norm",
         "input*weight + bias",
         reader=readers.bias_of_second,
         frozen=norms.GROUP_NORM,
     ),
-    *normaliser("aten.rms_norm.default", "input*weight", frozen=norms.RMS_NORM),
+    *normaliser("rms_norm", "input*weight", frozen=norms.RMS_NORM),
     *normaliser(
-        "aten.instance_norm.default",
+        "instance_norm",
         "input*weight + bias",
         reader=readers.bias_of_second,
         frozen=norms.INSTANCE_NORM,

@@ -12,22 +12,28 @@ Table = tuple[Operator, ...]
 
 
 def rows(algebra: Algebra) -> Callable[..., Table]:
-    """`rows(Algebra.AFFINE)("aten.add.Tensor aten.add.Scalar", "self + other")`.
+    """`rows(Algebra.AFFINE)("add.Tensor neg", "self + other")`: aten.add.Tensor, aten.neg.default.
 
-    Meanings in these tables are proved but where a row says otherwise: the proofs hold the list.
+    `python`: the names are of Python's own operators. Meanings in these tables are proved but where
+    a row says otherwise: the proofs hold the list.
     """
 
     def of(
         names: str,
         signature: str = "self",
         *,
+        python: bool = False,
         roles: Collection[Role] = (),
         proved: bool = True,
         **fields: Any,
     ) -> Table:
-        return tuple(
-            Operator(name, algebra, signature, roles=frozenset(roles), proved=proved, **fields)
-            for name in names.split()
-        )
+        full = (name if python else aten_name(name) for name in names.split())
+        kept = {"roles": frozenset(roles), "proved": proved} | fields
+        return tuple(Operator(name, algebra, signature, **kept) for name in full)
 
     return of
+
+
+def aten_name(name: str) -> str:
+    """`'aten.gelu.default'` for `'gelu'`, `'aten.add.Tensor'` for `'add.Tensor'`."""
+    return f"aten.{name}" if "." in name else f"aten.{name}.default"

@@ -26,42 +26,22 @@ def _is_random(arguments: Mapping[str, Any]) -> str | None:
 
 
 TABLE: Table = (
-    *smooth("aten.softmax.int aten._softmax.default", roles=(Role.SOFTMAX, Role.PROBABILITY)),
-    *smooth("aten._safe_softmax.default", roles=(Role.SOFTMAX,)),
-    *smooth("aten.log_softmax.int aten._log_softmax.default", roles=(Role.PROBABILITY,)),
-    *smooth(
-        """
-        aten.logsumexp.default aten.logaddexp.default aten.logcumsumexp.default aten.pow.Scalar
-        aten.lstm_cell.default aten.gru_cell.default
-        """,
-    ),
-    *smooth(
-        """
-        aten.lstm.input aten.gru.input
-        """,
-        refuses=_drops_out,
-    ),
+    *smooth("softmax.int _softmax", roles=(Role.SOFTMAX, Role.PROBABILITY)),
+    *smooth("_safe_softmax", roles=(Role.SOFTMAX,)),
+    *smooth("log_softmax.int _log_softmax", roles=(Role.PROBABILITY,)),
+    *smooth("logsumexp logaddexp logcumsumexp pow.Scalar lstm_cell gru_cell"),
+    *smooth("lstm.input gru.input", refuses=_drops_out),
     # steps on the CPU; elsewhere kernels with other bits
-    *smooth("aten.rnn_tanh.input aten.rnn_relu.input", opened=("cpu", "meta"), refuses=_drops_out),
-    *smooth(
-        """
-        aten.glu.default aten.prod.default aten.prod.dim_int aten.cumprod.default
-        """,
-        vanishes="self",
-    ),
-    *smooth("aten.linalg_det.default", vanishes="A"),
+    *smooth("rnn_tanh.input rnn_relu.input", opened=("cpu", "meta"), refuses=_drops_out),
+    *smooth("glu prod prod.dim_int cumprod", vanishes="self"),
+    *smooth("linalg_det", vanishes="A"),
     *attention(
-        "aten.scaled_dot_product_attention.default",
+        "scaled_dot_product_attention",
         "value",
         vanishes="value",
         frozen=attention_form.HELD_WEIGHTS,
         refuses=_is_random,
     ),
     # infinite at 0; undetermined at (0, 0), where atan2 and x^y depend on the direction; a sawtooth
-    *singular(
-        """
-        aten.log.default aten.log2.default aten.log10.default aten.logit.default aten.xlogy.Tensor
-        aten.pow.Tensor_Tensor aten.atan2.default aten.frac.default
-        """,
-    ),
+    *singular("log log2 log10 logit xlogy.Tensor pow.Tensor_Tensor atan2 frac"),
 )

@@ -38,110 +38,65 @@ def _random(arguments: Mapping[str, Any]) -> str | None:
 
 # getitem on a tuple is resolved by the analyses themselves; on a list of tensors it is this line
 TABLE: Table = (
+    *structural("getitem", python=True),
+    *structural("view", view=views.VIEWED),
     *structural(
         """
-        getitem aten._unsafe_view.default aten.atleast_1d.default aten.atleast_2d.default
-        aten.adjoint.default aten.mH.default aten.expand.default aten.broadcast_to.default
-        aten.repeat.default aten.tile.default aten.repeat_interleave.self_int
-        aten.repeat_interleave.self_Tensor aten.diag.default aten.diag_embed.default aten.hsplit.int
-        aten.vsplit.int aten.unsafe_chunk.default aten.unsafe_split.Tensor
-        aten.unsafe_split_with_sizes.default aten.unfold.default aten.im2col.default
-        aten.index.Tensor aten.index_select.default aten.gather.default aten.take_along_dim.default
-        aten.take.default aten.masked_select.default aten.flip.default aten.fliplr.default
-        aten.flipud.default aten.roll.default aten.rot90.default aten.tril.default aten.triu.default
-        aten.alias.default aten.lift_fresh_copy.default aten.positive.default aten.to.prim_Device
-        aten.pixel_shuffle.default aten.pixel_unshuffle.default aten.channel_shuffle.default
-        aten.reflection_pad1d.default aten.reflection_pad2d.default aten.replication_pad1d.default
-        aten.replication_pad2d.default aten.real.default aten.imag.default aten.view_as_real.default
-        aten.view_as_complex.default aten.conj.default aten.conj_physical.default aten._conj.default
-        aten.resolve_conj.default aten.resolve_neg.default
-        """,
+        _unsafe_view atleast_1d atleast_2d adjoint mH expand broadcast_to repeat tile
+        repeat_interleave.self_int repeat_interleave.self_Tensor diag diag_embed hsplit.int
+        vsplit.int unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes unfold im2col
+        index.Tensor index_select gather take_along_dim take masked_select flip fliplr flipud roll
+        rot90 tril triu alias lift_fresh_copy positive to.prim_Device pixel_shuffle pixel_unshuffle
+        channel_shuffle reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d real
+        imag view_as_real view_as_complex conj conj_physical _conj resolve_conj resolve_neg
+        """
     ),
-    *structural("aten.view.default", view=views.VIEWED),
     *structural(
-        """
-        aten.reshape.default aten.flatten.using_ints aten.ravel.default aten.unflatten.int
-        aten.squeeze.default aten.squeeze.dim aten.squeeze.dims aten.unsqueeze.default
-        """,
+        "reshape flatten.using_ints ravel unflatten.int squeeze squeeze.dim squeeze.dims unsqueeze",
         view=views.RESHAPED,
     ),
+    *structural("transpose.int swapaxes swapdims", view=views.SWAPPED),
+    *structural("t", view=views.TRANSPOSED),
+    *structural("permute", view=views.PERMUTED),
+    *structural("movedim.int movedim.intlist moveaxis.int moveaxis.intlist", view=views.MOVED),
+    *structural("mT", view=views.LAST_TRANSPOSED),
+    *structural("numpy_T", view=views.REVERSED),
+    *structural("slice.Tensor", view=views.SLICED),
+    *structural("select.int", view=views.SELECTED),
+    *structural("narrow", view=views.NARROWED),
+    *structural("diagonal", view=views.DIAGONAL),
+    *structural("unbind.int", view=views.UNBOUND),
     *structural(
         """
-        aten.transpose.int aten.swapaxes.default aten.swapdims.default
-        """,
-        view=views.SWAPPED,
-    ),
-    *structural("aten.t.default", view=views.TRANSPOSED),
-    *structural("aten.permute.default", view=views.PERMUTED),
-    *structural(
-        """
-        aten.movedim.int aten.movedim.intlist aten.moveaxis.int aten.moveaxis.intlist
-        """,
-        view=views.MOVED,
-    ),
-    *structural("aten.mT.default", view=views.LAST_TRANSPOSED),
-    *structural("aten.numpy_T.default", view=views.REVERSED),
-    *structural("aten.slice.Tensor", view=views.SLICED),
-    *structural("aten.select.int", view=views.SELECTED),
-    *structural("aten.narrow.default", view=views.NARROWED),
-    *structural("aten.diagonal.default", view=views.DIAGONAL),
-    *structural("aten.unbind.int", view=views.UNBOUND),
-    *structural(
-        """
-        aten.chunk.default aten.split.Tensor aten.split.sizes aten.split_with_sizes.default
-        aten.tensor_split.sections aten.tensor_split.indices
+        chunk split.Tensor split.sizes split_with_sizes tensor_split.sections tensor_split.indices
         """,
         view=views.SPLIT,
     ),
-    *structural(
-        """
-        aten.clone.default aten.contiguous.default aten.to.dtype aten.to.device aten.to.dtype_layout
-        aten._to_copy.default
-        """,
-        roles=(Role.CAST,),
-    ),
-    *structural("aten.as_strided.default", view=views.OF_MEMORY, refuses=_reaches_out),
-    *structural("aten.dropout.default", "input", roles=(Role.CAST,), refuses=_random),
-    *structural(
-        """
-        aten.feature_dropout.default aten.alpha_dropout.default
-        aten.feature_alpha_dropout.default
-        """,
-        "input",
-        refuses=_random,
-    ),
+    *structural("clone contiguous to.dtype to.device to.dtype_layout _to_copy", roles=(Role.CAST,)),
+    *structural("as_strided", view=views.OF_MEMORY, refuses=_reaches_out),
+    *structural("dropout", "input", roles=(Role.CAST,), refuses=_random),
+    *structural("feature_dropout alpha_dropout feature_alpha_dropout", "input", refuses=_random),
     # the other tensor lends its shape or dtype only
-    *structural("aten.view_as.default", "self*other^0", view=views.VIEWED_AS),
-    *structural("aten.reshape_as.default", "self*other^0", view=views.RESHAPED),
-    *structural("aten.expand_as.default", "self*other^0"),
-    *structural("aten.to.other aten.type_as.default", "self*other^0", roles=(Role.CAST,)),
-    *structural("aten.embedding.default", "weight", roles=(Role.LOOKUP,)),
+    *structural("view_as", "self*other^0", view=views.VIEWED_AS),
+    *structural("reshape_as", "self*other^0", view=views.RESHAPED),
+    *structural("expand_as", "self*other^0"),
+    *structural("to.other type_as", "self*other^0", roles=(Role.CAST,)),
+    *structural("embedding", "weight", roles=(Role.LOOKUP,)),
     *structural(
-        """
-        aten.cat.default aten.concat.default aten.concatenate.default aten.stack.default
-        aten.hstack.default aten.vstack.default aten.dstack.default aten.column_stack.default
-        aten.block_diag.default
-        """,
+        "cat concat concatenate stack hstack vstack dstack column_stack block_diag",
         "tensors",
     ),
-    *structural("aten.complex.default", "real + imag"),
-    *structural("aten.where.self", "self + other"),
-    *structural("aten.where.ScalarOther", "self + other"),
-    *structural("aten.where.ScalarSelf", "self + other"),
-    *structural("aten.where.Scalar", "self + other"),
-    *structural("aten.masked_fill.Scalar", "self + value"),
-    *structural("aten.masked_fill.Tensor", "self + value"),
-    *structural("aten.constant_pad_nd.default", "self + value"),
-    *structural("aten.pad.default", "self + value"),
-    *structural("aten.slice_scatter.default", "self + src"),
-    *structural("aten.select_scatter.default", "self + src"),
-    *structural("aten.diagonal_scatter.default", "self + src"),
-    *structural("aten.scatter.src", "self + src"),
-    *structural("aten.scatter.value", "self + value"),
-    *structural("aten.masked_scatter.default", "self + source"),
-    *structural("aten.index_copy.default", "self + source"),
-    *structural("aten.index_fill.int_Scalar", "self + value"),
-    *structural("aten.index_fill.int_Tensor", "self + value"),
+    *structural("complex", "real + imag"),
+    *structural("where.self where.ScalarOther where.ScalarSelf where.Scalar", "self + other"),
+    *structural(
+        """
+        masked_fill.Scalar masked_fill.Tensor constant_pad_nd pad scatter.value
+        index_fill.int_Scalar index_fill.int_Tensor
+        """,
+        "self + value",
+    ),
+    *structural("slice_scatter select_scatter diagonal_scatter scatter.src", "self + src"),
+    *structural("masked_scatter index_copy", "self + source"),
     # what stood there before is overwritten, it lends its shape only
-    *structural("aten.fill.Tensor", "value*self^0"),
+    *structural("fill.Tensor", "value*self^0"),
 )
