@@ -13,6 +13,9 @@ from enum import IntEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..operators.relations import Mode
+from .policy import Policy
+
 if TYPE_CHECKING:
     from .writing import Writing
 
@@ -49,16 +52,21 @@ class Edit(ABC):
     @property
     def mode(self) -> str | None:
         """The mode of its class that the node takes under this edit, None for the unedited one."""
-        return self.kind if self.stage is Stage.OWN else None
+        return None
 
     @property
+    @abstractmethod
     def place(self) -> tuple[str, str]:
         """What two edits of one node cannot both be at."""
-        return ("own", "") if self.stage is Stage.OWN else (self.kind, "")
+
+    @property
+    def held(self) -> str | None:
+        """The operand whose edge carries no gradient, None where there is none."""
+        return None
 
     def holds(self, argument: str) -> bool:
         """Whether the edge to that operand carries no gradient."""
-        return False
+        return argument == self.held
 
     def multiplies(self, argument: str | None = None) -> Fraction:
         """What the gradient is multiplied by at an edge, or, without one, at the node."""
@@ -75,3 +83,23 @@ class Edit(ABC):
     def of_data(cls, entry: Mapping[str, Any]) -> Self:
         """The edit that `data` wrote; whatever else the entry holds is left."""
         return cls(**{f.name: entry[f.name] for f in fields(cls)})
+
+
+class OwnEdit(Edit):
+    """An edit that is a mode of the operation's class: the operation gets another backward."""
+
+    stage = Stage.OWN
+
+    @classmethod
+    def price(cls, policy: Policy, mode: Mode) -> int | None:
+        """What the policy asks for it, None where it forbids it."""
+        cost: int | None = getattr(policy, cls.kind)
+        return cost
+
+    @property
+    def mode(self) -> str:
+        return self.kind
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return "own", ""

@@ -10,22 +10,15 @@ from torch.autograd import Function
 
 from ..errors import PlanError
 from ..operators.calls import target_name
-from ..operators.relations import Mode
-from .base import Edit, Stage
-from .policy import Policy
+from .base import OwnEdit
 from .writing import Target, Writing
 
 
 @dataclass(frozen=True, order=True)
-class FreezeScale(Edit):
+class FreezeScale(OwnEdit):
     """A normalisation layer's 1/sigma is held fixed; its centring stays linear."""
 
     kind = "freeze"
-    stage = Stage.OWN
-
-    @staticmethod
-    def price(policy: Policy, mode: Mode) -> int | None:
-        return policy.freeze
 
     def words(self, node: str) -> str:
         return f"freeze 1/sigma of {node}"

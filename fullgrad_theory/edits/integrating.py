@@ -10,16 +10,14 @@ from torch import nn
 
 from ..operators.calls import overload, target_name
 from ..operators.region import REGION, region_of
-from ..operators.relations import Mode
 from ..operators.traced import led_by
-from .base import Edit, Stage
-from .policy import Policy
+from .base import OwnEdit
 from .quadrature import integrated
 from .writing import Target, Writing
 
 
 @dataclass(frozen=True, order=True)
-class Integrate(Edit):
+class Integrate(OwnEdit):
     """J~ = integral of J(t u) over t from 0 to 1, u the live operands; f(0) is a bias leaf.
 
     With a `region`, the names of nodes that `node` ends, all of them count as one function of what
@@ -29,11 +27,6 @@ class Integrate(Edit):
     region: tuple[str, ...] = ()
 
     kind = "integrate"
-    stage = Stage.OWN
-
-    @staticmethod
-    def price(policy: Policy, mode: Mode) -> int | None:
-        return policy.integrate
 
     def words(self, node: str) -> str:
         inner = f" with the {len(self.region)} nodes it ends" if self.region else ""

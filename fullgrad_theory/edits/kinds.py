@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Edit, Stage
+from .base import Edit, OwnEdit, Stage
 from .freezing import FreezeScale
 from .integrating import Integrate
 from .pruning import Prune
 from .scaling import Scale
 from .secants import Secant
 
-OwnEdit = Secant | FreezeScale | Integrate
 KINDS: Mapping[str, type[Edit]] = {
     kind.kind: kind for kind in (Prune, Scale, Secant, FreezeScale, Integrate)
 }

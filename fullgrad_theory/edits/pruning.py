@@ -39,8 +39,9 @@ class Prune(Edit):
     def place(self) -> tuple[str, str]:
         return self.kind, self.argument
 
-    def holds(self, argument: str) -> bool:
-        return argument == self.argument
+    @property
+    def held(self) -> str:
+        return self.argument
 
     def write(self, writing: Writing) -> None:
         node = writing.nodes[self.node]

@@ -14,20 +14,19 @@ from ..operators.calls import bind, overload, target_name
 from ..operators.registry import lookup
 from ..operators.relations import Mode
 from ..operators.traced import led_by
-from .base import Edit, Stage
+from .base import OwnEdit
 from .policy import Policy
 from .writing import Target, Writing
 
 
 @dataclass(frozen=True, order=True)
-class Secant(Edit):
+class Secant(OwnEdit):
     """An elementwise f gets J~ = (f(u) - f(0))/u, at u = 0 its limit; f(0) is a bias leaf."""
 
     kind = "secant"
-    stage = Stage.OWN
 
-    @staticmethod
-    def price(policy: Policy, mode: Mode) -> int | None:
+    @classmethod
+    def price(cls, policy: Policy, mode: Mode) -> int | None:
         """A secant with f(0) != 0, which makes f(0) a bias leaf, has a price of its own."""
         return policy.secant_origin if mode.outputs[0].from_origin else policy.secant
 
