@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Timer
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Tick = Callable[[str, int, int], None]
 """Told (stage, done, total) as work goes on; a total of 0 means that nobody knows."""
@@ -20,10 +21,15 @@ def progress(label: str, after: float = 2.0, console: Console | None = None) -> 
     The bar goes to stderr, only on a terminal, `after` seconds from now, and leaves no trace when
     the block ends.
     """
-    console = console or Console(stderr=True)
+    if console is None:
+        from rich.console import Console
+
+        console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda stage, done, total: None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -46,6 +46,10 @@ class PlanError(FullgradError, ValueError):
     """A plan does not fit the graph it is applied to."""
 
 
+class MissingExtraError(FullgradError, ImportError):
+    """A package that only an extra installs is not there; the message says which to install."""
+
+
 class NonConvergenceWarning(UserWarning):
     """The quadrature of an integrated Jacobian missed its tolerance: it is not complete."""
 

@@ -1,6 +1,6 @@
 """Every registered operation's class lemma, on its samples, over symbols.
 
-The residual of `testing.symbolic.residual` is 0 for all values of the tensors (in the sample's
+The residual of `symbolic.residual` is 0 for all values of the tensors (in the sample's
 region, where the operation compares) and for all degrees its relation allows.
 """
 
@@ -13,8 +13,8 @@ import sympy as sp
 import torch
 
 from fullgrad_theory.operators import Algebra, lookup, registered
-from fullgrad_theory.testing.samples import call, samples
-from fullgrad_theory.testing.symbolic import (
+from fullgrad_theory.testing.sample_calls import call, samples
+from proofs.symbolic import (
     Region,
     bound_arguments,
     from_torch,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fullgrad_theory as fgt
-from fullgrad_theory.attribution import METHODS, Explainer, Map, explain
+from fullgrad_theory.attribution import METHODS, Explainer, Map, Method, explain
+from fullgrad_theory.attribution import explainer as explainers
 from fullgrad_theory.errors import InputError, UnknownNameError
 
 GRADIENT = [name for name, method in METHODS.items() if method.function is not None]
@@ -695,6 +696,24 @@ def test_random_is_seeded() -> None:
     one, same, other = (explainer(x, "random", seed=s)["random"].values for s in (3, 3, 4))
     assert one.shape == (2, 2, 3) and torch.equal(one, same) and not torch.equal(one, other)
     assert not torch.equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("given", [{}, {"function": min, "sampled": max}], ids=["neither", "both"])
+def test_a_row_says_how_its_maps_are_made(given: dict) -> None:
+    with pytest.raises(ValueError, match=r"'mine' has (neither|both) .* exactly one"):
+        Method("mine", "", **given)
+    assert all((m.function is None) != (m.sampled is None) for m in METHODS.values())
+
+
+def test_a_method_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is chosen, run and shown by what its row says, whatever its name."""
+    model, x = shaken(vit(depth=1)), images(2, 3, 32, 48)
+    own = replace(METHODS["random"], name="an own random")
+    monkeypatch.setattr(explainers, "METHODS", {**METHODS, own.name: own})
+    explainer = Explainer(model, x)
+    found = explainer(x, ["random", own.name, "fullgrad"], seed=3)
+    assert own.name in explainer.applying() and found[own.name].method == own.name
+    assert torch.equal(found[own.name].values, found["random"].values)
 
 
 # --------------------------------------------------------------------------- maps

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fullgrad_theory as fgt
+from fullgrad_theory.check.copies import cast_copy
+from fullgrad_theory.check.formats import to_junit, to_sarif
 from fullgrad_theory.check.report import Verdict
 from fullgrad_theory.edits import scaling
 from fullgrad_theory.errors import NonFiniteError
@@ -302,6 +305,43 @@ def test_a_registered_operation_needs_two_lines(monkeypatch) -> None:  # type: i
     assert {n.verdict for n in report.nodes if "triple" in n.op} == {Verdict.NUMERIC}
     with pytest.raises(ValueError, match="registered already"):
         fgt.register("fgt_tests.triple.default", fgt.Algebra.STRUCTURAL, "x")
+
+
+def test_a_mend_names_the_operation_of_a_node_called_scale(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The node's name is a word of the edit as well: "scale scale by 1/2"."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    @torch.library.custom_op("fgt_tests::scale", mutates_args=())
+    def scale(x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return g * y, g * x
+
+    scale.register_fake(lambda x, y: torch.empty_like(x))
+    scale.register_autograd(
+        backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    )
+    fgt.register("fgt_tests.scale.default", fgt.Algebra.MULTILINEAR, "x*y")
+    report = fgt.check_completeness(lambda x: scale(x, 2 * x), torch.rand(2, 3) + 1.0)
+    (node,) = (n for n in report.nodes if n.name == "scale")
+    assert node.edit == "scale scale by 1/2"
+    assert node.mend == "scale fgt_tests.scale.default by 1/2"
+    assert report.brief().endswith(f"mend  {node.mend}")
+    assert f"Mend: {node.mend}." in to_sarif(report) and f"Mend: {node.mend}." in to_junit(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_in_another_precision_leaves_the_original(dtype: torch.dtype) -> None:
+    model, x = small("vit")
+    root = fgt.trace(model, x).fx
+    before = {name: (id(t), t.dtype) for name, t in root.state_dict(keep_vars=True).items()}
+    copied = cast_copy(root, dtype)
+    assert {t.dtype for t in copied.state_dict().values() if t.is_floating_point()} == {dtype}
+    after = {name: (id(t), t.dtype) for name, t in root.state_dict(keep_vars=True).items()}
+    assert after == before
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_scales_are_exact_rationals() -> None:

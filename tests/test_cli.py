@@ -18,8 +18,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fullgrad_theory.check.report import Report
-from fullgrad_theory.command import cli
-from fullgrad_theory.command.target import Shape, draw
+from fullgrad_theory.command import checking, cli
+from fullgrad_theory.command.shapes import Shape, draw
 from fullgrad_theory.edits.published import policies
 from fullgrad_theory.errors import TraceError
 from fullgrad_theory.operators import registered
@@ -41,7 +41,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("work was done before the arguments were looked at")
 
-    monkeypatch.setattr(cli, "_create", never)
+    monkeypatch.setattr(checking, "create", never)
 
 
 def test_an_incomplete_model(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_cannot_be_judged(error: Exception, monkeypatch: pytest.MonkeyPatch
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "check_completeness", fail)
+    monkeypatch.setattr(checking, "check_completeness", fail)
     result = invoke("check", "test_vit")
     assert result.exit_code == 2
     assert (str(error) or "out of memory") in said(result)
@@ -186,15 +186,15 @@ def test_what_cannot_be_judged(error: Exception, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, 1), (None, 2)])
 def test_exit_codes(complete: bool | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report("f", None, complete, None, None, (), (), None)
-    monkeypatch.setattr(cli, "check_completeness", lambda *a, **k: report)
+    monkeypatch.setattr(checking, "check_completeness", lambda *a, **k: report)
     assert invoke("check", "test_vit").exit_code == code
 
 
 def test_the_installed_command(tmp_path: Path) -> None:
     """As a process of its own: stdout and stderr apart, no colour in a pipe."""
     done = subprocess.run(
-        [sys.executable, "-c", "from fullgrad_theory.cli import app; app()", "check", "test_vit",
-         "--no-numeric", "--json", str(tmp_path / "r.json")],
+        [sys.executable, "-c", "from fullgrad_theory.command.cli import app; app()", "check",
+         "test_vit", "--no-numeric", "--json", str(tmp_path / "r.json")],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr

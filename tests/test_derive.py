@@ -435,6 +435,22 @@ def test_another_process_derives_the_same_plan(capsys: pytest.CaptureFixture[str
     assert here.splitlines()[1:] == ["secant gelu", "prune matmul_1.self", "prune mul.other"]
 
 
+_STARTED = """
+import sys
+import torch
+from fullgrad_theory import derive_rules
+assert not derive_rules(lambda x: torch.relu(x), torch.ones(3)).edits
+print(*({"ortools", "pandas"} & sys.modules.keys()))
+"""
+
+
+def test_the_solver_is_started_where_there_is_something_to_solve() -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = [sys.executable, "-c", _STARTED]
+    found = subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout
+    assert not found.strip()
+
+
 # --------------------------------------------------------------------------- brute force
 
 

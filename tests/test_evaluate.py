@@ -11,16 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
+from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.errors import FullgradError, InputError, NonFiniteError, UnknownNameError
-from fullgrad_theory.measure import evaluation as room
 from fullgrad_theory.measure.evaluation import evaluate
 from fullgrad_theory.measure.results import Interval, Results, Row
+from fullgrad_theory.measure.settings import fingerprint
+from fullgrad_theory.measure.workers import together
 from fullgrad_theory.metrics import METRICS, Deletion, segmentation_ap, srg, to_pixels
 
 METHODS = ("fullgrad+", "gradcam+", "random")
@@ -364,7 +368,7 @@ def test_addresses_in_what_a_module_prints_do_not_tell_models_apart() -> None:
 
     pair = Printing(), Printing()
     assert str(pair[0]) != str(pair[1])
-    assert room._fingerprint(pair[0]) == room._fingerprint(pair[1])
+    assert fingerprint(pair[0]) == fingerprint(pair[1])
 
 
 def test_folders_that_say_too_little_or_nothing_are_refused(tmp_path: Path) -> None:
@@ -589,6 +593,54 @@ def test_intervals_where_there_is_little_to_say() -> None:
     assert str(Interval(0.5, 0.25, 0.75, 9)) == "0.5 [0.25, 0.75]"
 
 
+NEXT = float(np.nextafter(0.1, 1))
+NEARLY_EQUAL = [
+    [0.1, 0.1, 0.1 + 1e-16],
+    [0.1, 0.1, 0.1, NEXT],
+    [NEXT, 0.1, 0.1, 0.1, NEXT],
+    [1.0, 1.0, 5.0],
+    [1.0, 1.0, 1e9],
+    [1.0, 2.0],
+    [0.1, NEXT],
+    [1.0, 2.0, 4.0],
+    [1e-200, 2e-200],
+    [1e-320, 2e-320, 3e-320],
+    [1e200, -1e200, 3.0],
+    [0.0, 0.0, 0.0, 0.0, -1.0],
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("values", NEARLY_EQUAL, ids=str)
+def test_an_interval_is_never_nan(values: list[float]) -> None:
+    """Also where BCa's corrections are 0 / 0, for values that differ in their last digits alone."""
+    found = made(values, [0.0] * len(values)).mean("m", "plain", "srg")
+    rounding = 4 * np.finfo(float).eps * max(map(abs, values))
+    assert min(values) - rounding <= found.low <= found.high <= max(values) + rounding
+    assert found.low - rounding <= found.mean <= found.high + rounding
+    assert found == made(values, [0.0] * len(values)).difference("m", "srg", "plain", "libra")
+
+
+@pytest.mark.filterwarnings("ignore:The BCa")
+@hypothesis.given(st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=7))
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+def test_intervals_of_any_values_are_bcas_or_the_percentiles(values: list[float]) -> None:
+    found = made(values, [0.0] * len(values)).mean("m", "plain", "srg", resamples=200)
+    assert np.isfinite([found.low, found.high]).all() and found.low <= found.high
+    if len(set(values)) == 1:
+        return
+    with np.errstate(all="ignore"):
+        wanted = [
+            bootstrap(
+                (np.array(values),), np.mean, n_resamples=200, method=method,
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+            for method in ("BCa", "percentile")
+        ]  # fmt: skip
+    at = wanted[bool(np.isnan(wanted[0]).any())]
+    assert (found.low, found.high) == (at.low, at.high)
+
+
 @pytest.mark.parametrize("name", ["r.json", "r.csv"])
 def test_results_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     results = made([0.1, math.nan, math.inf], [1 / 3, -math.inf, 1e-300])
@@ -635,9 +687,9 @@ def test_a_failure_is_told_to_the_others() -> None:
             return [value, (None, "OSError: no disk")]
 
     with pytest.raises(FullgradError, match="process 1 of 2 failed: OSError: no disk"):
-        room._together(Two(), dict)
+        together(Two(), dict)
     with pytest.raises(ZeroDivisionError):
-        room._together(Two(), lambda: 1 / 0)
+        together(Two(), lambda: 1 / 0)
 
 
 def test_srg_of_a_constant_map_is_reading_order() -> None:

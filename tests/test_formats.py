@@ -26,7 +26,7 @@ def gelu(block: int) -> NodeReport:
     name = f"gelu_{block}" if block else "gelu"
     return node(
         name, "aten.gelu.default", Verdict.VIOLATED, f"blocks.{block}.act", "my models/net.py:7",
-        error=0.1 * (block + 1), edit=f"secant in {name}", reason="of no degree",
+        error=0.1 * (block + 1), edit=f"secant {name}", mend="secant gelu", reason="of no degree",
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_a_result_for_each_line_and_reason(root: Path) -> None:
     first = run["results"][0]
     assert first["message"]["text"] == (
         "aten.gelu.default in blocks.[0..1].act is violated (2 nodes, degrees 1 -> 1, error 0.2): "
-        "of no degree. Mend: secant in gelu."
+        "of no degree. Mend: secant gelu."
     )
     paths = [one["fullyQualifiedName"] for one in first["locations"][0]["logicalLocations"]]
     assert paths == ["blocks.0.act", "blocks.1.act"]

@@ -47,7 +47,7 @@ from fullgrad_theory.operators import (
     registered,
     target_name,
 )
-from fullgrad_theory.testing.samples import Sample, kinks, overload, samples
+from fullgrad_theory.testing.sample_calls import Sample, kinks, overload, samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -14,6 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DOCUMENTS = (
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
+BINARY = {".png", ".jpg", ".pt", ".npz"}
 
 
 def run(*command: str) -> None:
@@ -52,6 +58,45 @@ def test_every_module_has_a_docstring() -> None:
         if not path.read_text().startswith('"""')
     ]
     assert not bare
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "fullgrad_theory").rglob("*.py"))
+
+
+def test_no_module_defines_its_own_name() -> None:
+    """Or `from .trace import trace` would hide the module behind the function."""
+    twice = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == path.stem
+    ]
+    assert not twice
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """The ids of the strings that stand alone: of modules, classes, functions and values."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def test_only_the_tables_and_the_evidence_name_operations() -> None:
+    """A room asks for a role or a class; what an operation is stands in its record alone."""
+    named = []
+    for path in modules():
+        if path.relative_to(ROOT / "fullgrad_theory").parts[0] in ("operators", "testing"):
+            continue
+        tree = ast.parse(path.read_text())
+        words = docstrings(tree)
+        named += [
+            f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.search(r"\baten\.\w+\.\w+", node.value)
+            and id(node) not in words
+        ]
+    assert not named
 
 
 def test_the_package_is_typed() -> None:
@@ -103,16 +148,23 @@ def test_constraints_hold_versions_only_and_cover_what_is_needed() -> None:
     assert all(pinned), "a line is not name==version"
     names = {m[1].lower() for m in pinned if m}
     project = PROJECT["project"]
-    needed = project["dependencies"] + project["optional-dependencies"]["test"]
-    wanted = {re.split(r"[<>=!~ ]", requirement)[0] for requirement in needed}
-    assert wanted <= names
+    extras = project["optional-dependencies"].values()
+    needed = [*project["dependencies"], *(line for extra in extras for line in extra)]
+    wanted = {re.split(r"[<>=!~ \[]", requirement)[0] for requirement in needed}
+    assert wanted - {project["name"]} <= names
+
+
+def test_the_first_command_installs_what_it_needs() -> None:
+    """And no more; a pip that knows no extra of that name would only warn."""
+    (first, second) = re.findall(r"install -e '\.\[(\w+)\]'", (ROOT / "README.md").read_text())[:2]
+    assert (first, second) == ("vision", "test")
+    assert {first, second} <= set(PROJECT["project"]["optional-dependencies"])
 
 
 def python_blocks() -> list[tuple[str, str]]:
-    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     return [
         (f"{document.name}-{index}", block)
-        for document in documents
+        for document in DOCUMENTS
         for index, block in enumerate(
             re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S)
         )
@@ -122,7 +174,7 @@ def python_blocks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("block", [pytest.param(b, id=name) for name, b in python_blocks()])
 def test_python_in_the_documents_runs(block: str, tmp_path: Path) -> None:
     """Each block stands by itself, in a process of its own (one registers an operation)."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", block],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500,
@@ -131,14 +183,48 @@ def test_python_in_the_documents_runs(block: str, tmp_path: Path) -> None:
 
 
 def test_links_within_the_documents_exist() -> None:
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     dead = [
         f"{document.name}: {target}"
-        for document in documents
+        for document in DOCUMENTS
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
         if not (document.parent / target).exists()
     ]
     assert not dead
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link may name within a document: its headings, as they are linked to."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_links_to_headings_exist() -> None:
+    dead = [
+        f"{document.name}: {target}#{anchor}"
+        for document in DOCUMENTS
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", document.read_text())
+        if anchor not in anchors(document.parent / target if target else document)
+    ]
+    assert not dead
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    """By their path, or its end; the changelog also names what is gone."""
+    files = [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*") if ".venv" not in path.parts]
+    lost = [
+        f"{document.name}: {name}"
+        for document in DOCUMENTS
+        if document.name != "CHANGELOG.md"
+        for name in re.findall(r"`([\w./]+\.(?:pyi?|md|toml|txt))`", document.read_text())
+        if not any(file.endswith(f"/{name}") for file in files)
+    ]
+    assert not lost
+
+
+def test_every_page_can_be_reached() -> None:
+    linked = "".join(document.read_text() for document in DOCUMENTS)
+    lost = [d.name for d in DOCUMENTS if d.name != "README.md" and f"{d.name}" not in linked]
+    assert not lost
 
 
 def test_no_machine_is_named() -> None:
@@ -155,7 +241,7 @@ def test_no_machine_is_named() -> None:
     found = []
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if path == Path(__file__).resolve() or not path.is_file() or path.suffix in {".png", ".pt"}:
+        if path == Path(__file__).resolve() or not path.is_file() or path.suffix in BINARY:
             continue
         text = path.read_text(errors="replace")
         found += [f"{name}: {m[0]}" for m in telling.finditer(text)]

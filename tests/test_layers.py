@@ -29,7 +29,7 @@ from fullgrad_theory.graph.tracing import trace
 from fullgrad_theory.plan.derivation import derive_rules
 from fullgrad_theory.plan.labelling import degrees
 from fullgrad_theory.plan.plan import Plan
-from fullgrad_theory.testing.samples import overload
+from fullgrad_theory.testing.sample_calls import overload
 
 TOLERANCE = 1e-10
 

@@ -23,8 +23,8 @@ from fullgrad_theory.operators import (
     registered,
 )
 from fullgrad_theory.operators import registry as registry_module
-from fullgrad_theory.testing import symbolic
-from fullgrad_theory.testing.samples import Sample, call, kinks, overload, samples, values
+from fullgrad_theory.testing.sample_calls import Sample, call, kinks, overload, samples, values
+from proofs import symbolic
 
 # composites are never in a graph: their steps are
 NAMES = [o.name for o in registered() if o.algebra is not Algebra.COMPOSITE]

@@ -63,6 +63,16 @@ def test_save_and_load(plan: Plan, tmp_path: Path) -> None:
     assert plan.left and json.loads(text)["left"] == list(plan.left)
 
 
+def test_as_data(plan: Plan, tmp_path: Path) -> None:
+    """What is saved, for a file of another format to hold; read with and without JSON between."""
+    file = tmp_path / "plan.json"
+    plan.save(file)
+    assert json.loads(file.read_text()) == json.loads(json.dumps(plan.to_data()))
+    assert Plan.of_data(json.loads(file.read_text())) == Plan.of_data(plan.to_data()) == plan
+    with pytest.raises(PlanError, match="this holds no plan"):
+        Plan.of_data(None)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 
@@ -46,6 +48,7 @@ def norms(blocks: int) -> list[NodeReport]:
             f"blocks.{block}.norm{which}",
             error=0.5 + block / 100,
             edit=f"freeze 1/sigma of layer_norm_{2 * block + which - 1}".removesuffix("_0"),
+            mend="freeze 1/sigma of layer_norm",
             reason="scale-invariant up to eps: of no degree where its operand has degree 1",
         )
         for block in range(blocks)
@@ -179,6 +182,18 @@ def test_json_round_trip() -> None:
     assert data["nodes"][0]["verdict"] == "violated"
 
 
+def test_a_report_from_before_mends_is_read_and_shown() -> None:
+    text = large().to_json()
+    data = json.loads(text)
+    for entry in data["nodes"]:
+        del entry["mend"]
+    old = Report.from_json(json.dumps(data))
+    assert old.nodes == tuple(replace(n, mend=None) for n in large().nodes)
+    words = " ".join(str(old).split())
+    assert "aten.layer_norm.default 200 violated" in words
+    assert "mend freeze 1/sigma of layer_norm; freeze 1/sigma of layer_norm_1;" in words
+
+
 def test_json_is_strict_json_with_numbers_that_are_not_finite() -> None:
     report = replace(large(), error=math.inf, nodes=(replace(norms(1)[0], error=math.nan),))
 
@@ -213,6 +228,14 @@ def test_exit_codes(complete: bool | None, code: int) -> None:
 def test_an_empty_report_can_be_shown() -> None:
     report = Report("f", None, None, None, None, (), (), None, ("nothing is live",))
     assert "nothing is live" in str(report)
+
+
+def test_rich_is_imported_where_something_is_shown() -> None:
+    code = (
+        "import sys; from fullgrad_theory.check.report import Report; assert 'rich' not in "
+        "sys.modules; str(Report.unjudged('f', None, 'why')); assert 'rich' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 # --------------------------------------------------------------------------- grouping

@@ -13,8 +13,8 @@ from torch import nn
 
 from fullgrad_theory import trace
 from fullgrad_theory.operators import Algebra, lookup, register, registry
-from fullgrad_theory.testing.samples import Sample, samples
-from fullgrad_theory.testing.symbolic import (
+from fullgrad_theory.testing.sample_calls import Sample, samples
+from proofs.symbolic import (
     Region,
     evaluate,
     from_torch,

@@ -282,9 +282,9 @@ class Foreign(nn.Module):
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from fullgrad_theory.command import cli
+    from fullgrad_theory.command import checking, cli
 
-    monkeypatch.setattr(cli, "_create", lambda *args, **kwargs: Foreign().eval())
+    monkeypatch.setattr(checking, "create", lambda *args, **kwargs: Foreign().eval())
     refused = CliRunner().invoke(cli.app, ["check", "foreign"])
     assert refused.exit_code == 2
     assert "--unknown measure" in refused.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from ..graph.computation import ComputationGraph, tensor_value
 from ..graph.door import Inputs, Model
 from ..plan.labelling import degrees
 from ..plan.plan import Plan
-from . import sampled
 from .layouts import Cell
-from .map import Map
-from .methods import METHODS, Method, Placed
+from .map import Map, MethodResult
+from .methods import METHODS, Method
 from .run import Need, Target, choose, counted, gather, targets
+from .sampled import Sampling, Score
 from .structure import Anatomy, anatomy
 
 
@@ -149,9 +150,10 @@ class Explainer:
     def _explain(
         self, x: Tensor, chosen: dict[str, Method], target: Target, seed: int
     ) -> dict[str, Map]:
-        needs = frozenset[Need]().union(*(m.needs for m in chosen.values()))
+        one_pass = [m for m in chosen.values() if m.function is not None]
         record = None
-        if any(m.function is not None for m in chosen.values()):
+        if one_pass:
+            needs = frozenset[Need]().union(*(m.needs for m in one_pass))
             record = gather(self.model, self.labels, self.anatomy, x, target, needs)
             output, index = record.output, record.target
         else:
@@ -159,49 +161,33 @@ class Explainer:
                 values = self.scores(x)
                 index = targets(values, target)
                 output = choose(values, index)
-        maps = {}
-        for name, method in chosen.items():
-            if method.function is not None and record is not None:
-                found = method.function(record)
-            else:
-                found = self._sampled(name, x.detach(), index, seed)
-            maps[name] = self._map(name, found, output, index)
-        return maps
+        score = partial(self._score, index)
+        sampling = Sampling(x.detach(), score, self.grid, self._cell(), seed)
+        return {
+            name: self._map(name, method.result(record, sampling), output, index)
+            for name, method in chosen.items()
+        }
 
     def scores(self, x: Tensor) -> Tensor:
         """The model's output, (B, classes): the first float tensor of it, where it is several."""
         return float_leaves(self.model.fx(x))[0]
 
-    def _sampled(self, name: str, x: Tensor, index: Tensor | None, seed: int) -> Placed:
-        if name == "random":
-            draws = [torch.Generator().manual_seed(seed + i) for i in range(x.shape[0])]
-            values = torch.stack([torch.randn(self.grid, generator=g) for g in draws])
-            return Placed(values.to(x), self._cell())
-        parts, origins = [], []
-        for i in range(x.shape[0]):
-            own = None if index is None else index[i : i + 1]
-            one = x[i : i + 1]
+    def _score(self, index: Tensor | None, sample: int) -> Score:
+        """The value of one sample's target, of any images; captum's noise is of float32."""
+        own = None if index is None else index[sample : sample + 1]
 
-            def score(images: Tensor, own: Tensor | None = own) -> Tensor:
-                output = self.scores(images.to(x.dtype))  # captum's noise is of float32
-                return choose(output, own if own is None else own.expand(output.shape[0]))
+        def score(images: Tensor) -> Tensor:
+            output = self.scores(images.to(self.dtype))
+            return choose(output, own if own is None else own.expand(output.shape[0]))
 
-            if name == "smoothgrad":
-                parts.append(sampled.smoothgrad(score, one, seed + i))
-            else:
-                parts.append(sampled.integrated_gradients(score, one))
-                with torch.no_grad():  # what f is at 0 has no place, as a bias's share
-                    origins.append(score(torch.zeros_like(one)))
-        found = torch.cat(parts)
-        total = found.flatten(1).sum(1) + torch.cat(origins) if origins else None
-        return Placed(found.sum(1), (1.0, 1.0), total)
+        return score
 
     def _cell(self) -> Cell:
         if not self.anatomy.blocks:
             return 1.0, 1.0
         return self.anatomy.stream[self.anatomy.blocks[0].input].cell
 
-    def _map(self, name: str, found: Placed, output: Tensor, index: Tensor | None) -> Map:
+    def _map(self, name: str, found: MethodResult, output: Tensor, index: Tensor | None) -> Map:
         image = self.shape[1], self.shape[2]
         grids = [s.grid for s in self.anatomy.stream.values() if s.cell == found.cell]
         rows, columns = (max(sizes) for sizes in zip(*grids, strict=True)) if grids else image

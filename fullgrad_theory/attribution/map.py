@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layouts import regrid
+from .layouts import Cell, regrid
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What a method found: `values` (B, h, w) of cells of some size in pixels, and the total, (B,),
+    where it has a sum to keep."""
+
+    values: Tensor
+    cell: Cell
+    total: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,32 +15,45 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .layouts import Cell, Layout, regrid, scatter
+from .map import MethodResult
 from .run import Need, Record, Weights
+from .sampled import Sampling, integrated_gradients, random_normal, smoothgrad
 from .structure import Attention, Block
 
 _TINY = 1e-30  # against 0 / 0 alone
 
 
 @dataclass(frozen=True)
-class Placed:
-    """What a method found: `values` (B, h, w) of cells of some size in pixels, and the total."""
-
-    values: Tensor
-    cell: Cell
-    total: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Method:
-    """`function` of a `Record`; None where it samples (`sampled.py`). `needs`: see `Need`."""
+    """A row of the table. Exactly one of two makes its maps: `function`, of the `Record` of one
+    pass, for which `needs` says what is gathered; or `sampled`, which runs the model by itself.
+
+    Raises ValueError where neither is given, or both.
+    """
 
     name: str
     source: str
-    function: Callable[[Record], Placed] | None
-    needs: frozenset[Need]
+    needs: frozenset[Need] = frozenset()
+    function: Callable[[Record], MethodResult] | None = None
+    sampled: Callable[[Sampling], MethodResult] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.function is None) == (self.sampled is None):
+            given = "neither" if self.function is None else "both"
+            raise ValueError(
+                f"the method {self.name!r} has {given} of function= (of one pass) and sampled= (it "
+                "runs the model by itself); give exactly one"
+            )
+
+    def result(self, record: Record | None, sampling: Sampling) -> MethodResult:
+        """Its maps; `record` may be left out where it samples."""
+        if self.sampled is not None:
+            return self.sampled(sampling)
+        assert self.function is not None and record is not None
+        return self.function(record)
 
 
-def _sum(r: Record, parts: Iterable[tuple[Cell, Tensor]]) -> Placed:
+def _sum(r: Record, parts: Iterable[tuple[Cell, Tensor]]) -> MethodResult:
     """Canvases of several cell sizes as one, on the first block's grid; sums are kept.
 
     Without blocks of such cells (an earlier stage's, LeGrad's last one), on the smallest cells.
@@ -49,7 +62,7 @@ def _sum(r: Record, parts: Iterable[tuple[Cell, Tensor]]) -> Placed:
     cell, grid = _first_grid(r)
     if cell not in {c for c, _ in parts}:
         cell, grid = min(((c, (v.shape[1], v.shape[2])) for c, v in parts), key=lambda p: p[0])
-    return Placed(_total_of(regrid(v, c, cell, grid) for c, v in parts), cell)
+    return MethodResult(_total_of(regrid(v, c, cell, grid) for c, v in parts), cell)
 
 
 def _total_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -67,20 +80,22 @@ def _total(parts: Tensor) -> Tensor:
     return parts.flatten(1).sum(1, dtype=torch.float64)
 
 
-def input_x_gradient(r: Record) -> Placed:
+def input_x_gradient(r: Record) -> MethodResult:
     """sum_c x dL/dx, at every pixel."""
     parts = _input(r)
-    return Placed(parts.sum(1), (1.0, 1.0), _total(parts))
+    return MethodResult(parts.sum(1), (1.0, 1.0), _total(parts))
 
 
-def fullgrad(r: Record) -> Placed:
+def fullgrad(r: Record) -> MethodResult:
     """x dL/dx and b dL/db of every bias, each where it lies."""
     image = _input(r)
     cell, grid = _first_grid(r)
     own = regrid(image.sum(1), (1.0, 1.0), cell, grid)
     parts = [own, *(regrid(v, c, cell, grid) for c, v in r.biases.items())]
     total = _total(image)
-    return Placed(_total_of(parts), cell, total if r.bias_total is None else total + r.bias_total)
+    return MethodResult(
+        _total_of(parts), cell, total if r.bias_total is None else total + r.bias_total
+    )
 
 
 def _first_grid(r: Record) -> tuple[Cell, tuple[int, int]]:
@@ -99,23 +114,23 @@ def _products(r: Record, node: str) -> Tensor:
     return (r.values[node] * r.gradients[node]).sum(-1)
 
 
-def embedding_x_gradient(r: Record) -> Placed:
+def embedding_x_gradient(r: Record) -> MethodResult:
     """Input x gradient at the first block's input."""
     return _at(r, r.anatomy.blocks[0])
 
 
-def hirescam(r: Record) -> Placed:
+def hirescam(r: Record) -> MethodResult:
     """Input x gradient at the last block's input."""
     return _at(r, r.anatomy.blocks[-1])
 
 
-def _at(r: Record, block: Block) -> Placed:
+def _at(r: Record, block: Block) -> MethodResult:
     products = _products(r, block.input)
     cell, canvas = r.on_canvas(block.input, products)
-    return Placed(canvas, cell, _total(products))
+    return MethodResult(canvas, cell, _total(products))
 
 
-def fullgrad_plus(r: Record) -> Placed:
+def fullgrad_plus(r: Record) -> MethodResult:
     """Input x gradient summed over the inputs of all blocks, and all bias maps."""
     blocks = [r.on_canvas(b.input, _products(r, b.input)) for b in r.anatomy.blocks]
     return _sum(r, [*blocks, *r.biases.items()])
@@ -133,12 +148,12 @@ def _xgradcam(r: Record, block: Block) -> tuple[Cell, Tensor]:
     return r.on_canvas(block.input, (h * weights).sum(-1))
 
 
-def gradcam_plus(r: Record) -> Placed:
+def gradcam_plus(r: Record) -> MethodResult:
     """sum over blocks and channels of h mean_tokens(dL/dh)."""
     return _sum(r, (_gradcam(r, b) for b in r.anatomy.blocks))
 
 
-def xgradcam_plus(r: Record) -> Placed:
+def xgradcam_plus(r: Record) -> MethodResult:
     """sum over blocks and channels of h sum_tokens(|h| dL/dh) / sum_tokens |h|."""
     return _sum(r, (_xgradcam(r, b) for b in r.anatomy.blocks))
 
@@ -152,7 +167,7 @@ def _from_keys(site: Attention, per_key: Tensor) -> tuple[Cell, Tensor]:
     return site.key_layout.cell, site.key_canvas(tokens)
 
 
-def attcat(r: Record) -> Placed:
+def attcat(r: Record) -> MethodResult:
     """sum over blocks of mean_{heads, queries}(A) times input x gradient at the block's output."""
     parts = []
     for w in r.attention:
@@ -167,7 +182,7 @@ def attcat(r: Record) -> Placed:
     return _sum(r, parts)
 
 
-def legrad(r: Record) -> Placed:
+def legrad(r: Record) -> MethodResult:
     """sum over layers of mean_{heads, queries} max(dL_l/dA_l, 0), L_l the head on layer l."""
     return _sum(r, (_from_keys(w.site, w.gradient.relu().mean(2).mean(2)) for w in r.layers))
 
@@ -257,7 +272,7 @@ def _start(r: Record, mix: Mix, factor: float = 1.0) -> _Row:
     return row
 
 
-def _carried(r: Record, mix: Mix, factor: float = 1.0) -> Placed:
+def _carried(r: Record, mix: Mix, factor: float = 1.0) -> MethodResult:
     """A row of relevance, carried from the output down through (I + M) of every attention."""
     row = _start(r, mix, factor)
     for w in reversed([w for w in r.attention if w.site.step is not None]):
@@ -265,7 +280,7 @@ def _carried(r: Record, mix: Mix, factor: float = 1.0) -> Placed:
         tokens = row.onto(site.query_layout, site.query_cells)
         row = _Row(factor * _residual(tokens, w, mix), site.query_layout, site.query_cells)
         last = site
-    return Placed(last.query_canvas(row.tokens), last.query_layout.cell)
+    return MethodResult(last.query_canvas(row.tokens), last.query_layout.cell)
 
 
 def _mean(w: Weights) -> Tensor:
@@ -277,22 +292,22 @@ def _relevance(w: Weights) -> Tensor:
     return (w.map * w.gradient).relu().mean(2)
 
 
-def raw_attention(r: Record) -> Placed:
+def raw_attention(r: Record) -> MethodResult:
     """The last attention, averaged over heads, at the row that the output reads."""
     w = r.attention[-1]
     if w.site.step is None:
         row = _even(r, w.site)
     else:
         row = _start(r, _mean).onto(w.site.query_layout, w.site.query_cells)
-    return Placed(w.site.key_canvas(_step(row, w, _mean)), w.site.key_layout.cell)
+    return MethodResult(w.site.key_canvas(_step(row, w, _mean)), w.site.key_layout.cell)
 
 
-def rollout(r: Record) -> Placed:
+def rollout(r: Record) -> MethodResult:
     """The product over layers of (I + mean_heads A) / 2, at the row that the output reads."""
     return _carried(r, _mean, 0.5)
 
 
-def genatt(r: Record) -> Placed:
+def genatt(r: Record) -> MethodResult:
     """The product over layers of I + mean_heads max(A dL/dA, 0), at the row the output reads."""
     return _carried(r, _relevance)
 
@@ -310,7 +325,7 @@ def _transformation(before: Tensor, after: Tensor) -> Tensor:
     return _norm(after) / _norm(before).clamp(min=_TINY) * coherence
 
 
-def tokentm(r: Record) -> Placed:
+def tokentm(r: Record) -> MethodResult:
     """Relevance through attention and MLPs, weighted by how tokens change in length and angle."""
     row = _start(r, _relevance)
     for number, step in reversed(list(enumerate(r.anatomy.steps))):
@@ -330,7 +345,7 @@ def tokentm(r: Record) -> Placed:
     start = r.values[r.anatomy.steps[0].before]
     layout = r.anatomy.stream[r.anatomy.steps[0].before]
     tokens = row.onto(layout, layout.index.flatten())
-    return Placed(layout.on_canvas(tokens * _norm(start)), layout.cell)
+    return MethodResult(layout.on_canvas(tokens * _norm(start)), layout.cell)
 
 
 def _transformed(change: Tensor, w: Weights) -> Tensor:
@@ -341,28 +356,32 @@ def _transformed(change: Tensor, w: Weights) -> Tensor:
 
 # --------------------------------------------------------------------------- the table
 
+
+def _one_pass(
+    name: str, source: str, function: Callable[[Record], MethodResult], *needs: Need
+) -> Method:
+    return Method(name, source, frozenset(needs), function=function)
+
+
 _IMAGE, _BLOCKS, _BIASES = Need.IMAGE, Need.BLOCKS, Need.BIASES
 _ATTENTION, _GRADIENT, _LAYERS = Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS
 _STREAM, _STEADY = Need.STREAM, Need.STEADY
-_ROWS: tuple[tuple[str, str, Callable[[Record], Placed] | None, set[Need]], ...] = (
-    ("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, {_IMAGE}),
-    ("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, {_BLOCKS}),
-    ("fullgrad", "Srinivas & Fleuret, NeurIPS 2019", fullgrad, {_IMAGE, _BIASES}),
-    ("fullgrad+", "LibraGrad, CVPR 2025", fullgrad_plus, {_BLOCKS, _BIASES}),
-    ("gradcam+", "Selvaraju et al. 2017; LibraGrad", gradcam_plus, {_BLOCKS}),
-    ("hirescam", "Draelos & Carin 2020", hirescam, {_BLOCKS}),
-    ("xgradcam+", "Fu et al. 2020; LibraGrad", xgradcam_plus, {_BLOCKS}),
-    ("attcat", "Qiang et al., NeurIPS 2022", attcat, {_BLOCKS, _ATTENTION, _STREAM}),
-    ("genatt", "Chefer et al., ICCV 2021", genatt, {_GRADIENT, _STREAM}),
-    ("tokentm", "Wu et al., CVPR 2024", tokentm, {_BLOCKS, _GRADIENT, _STREAM, _STEADY}),
-    ("legrad", "Bousselham et al. 2024", legrad, {_LAYERS}),
-    ("raw-attention", "", raw_attention, {_ATTENTION}),
-    ("rollout", "Abnar & Zuidema 2020", rollout, {_ATTENTION, _STREAM}),
-    ("random", "", None, set()),
-    ("integrated-gradients", "Sundararajan et al. 2017", None, set()),
-    ("smoothgrad", "Smilkov et al. 2017", None, set()),
+_ROWS = (
+    _one_pass("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, _IMAGE),
+    _one_pass("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, _BLOCKS),
+    _one_pass("fullgrad", "Srinivas & Fleuret, NeurIPS 2019", fullgrad, _IMAGE, _BIASES),
+    _one_pass("fullgrad+", "LibraGrad, CVPR 2025", fullgrad_plus, _BLOCKS, _BIASES),
+    _one_pass("gradcam+", "Selvaraju et al. 2017; LibraGrad", gradcam_plus, _BLOCKS),
+    _one_pass("hirescam", "Draelos & Carin 2020", hirescam, _BLOCKS),
+    _one_pass("xgradcam+", "Fu et al. 2020; LibraGrad", xgradcam_plus, _BLOCKS),
+    _one_pass("attcat", "Qiang et al., NeurIPS 2022", attcat, _BLOCKS, _ATTENTION, _STREAM),
+    _one_pass("genatt", "Chefer et al., ICCV 2021", genatt, _GRADIENT, _STREAM),
+    _one_pass("tokentm", "Wu et al., CVPR 2024", tokentm, _BLOCKS, _GRADIENT, _STREAM, _STEADY),
+    _one_pass("legrad", "Bousselham et al. 2024", legrad, _LAYERS),
+    _one_pass("raw-attention", "", raw_attention, _ATTENTION),
+    _one_pass("rollout", "Abnar & Zuidema 2020", rollout, _ATTENTION, _STREAM),
+    Method("random", "", sampled=random_normal),
+    Method("integrated-gradients", "Sundararajan et al. 2017", sampled=integrated_gradients),
+    Method("smoothgrad", "Smilkov et al. 2017", sampled=smoothgrad),
 )
-METHODS: Mapping[str, Method] = {
-    name: Method(name, source, function, frozenset(needs))
-    for name, source, function, needs in _ROWS
-}
+METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}

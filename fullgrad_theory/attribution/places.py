@@ -24,7 +24,6 @@ from ..operators.calls import Call
 from ..plan.liveness import Liveness
 from . import boxes as bx
 
-aten = torch.ops.aten
 Boxes = Tensor | list[Tensor] | None
 
 

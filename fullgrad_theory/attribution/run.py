@@ -205,7 +205,8 @@ class _Gathering(Run):
 
     def bound(self, n: fx.Node, args: Any, kwargs: Any) -> dict[str, Any]:
         """Arguments by the names that the unedited operation gives them, detached."""
-        given = named(self.original[n.name].target, operation_args(n.target, args), kwargs)
+        original: Any = self.original[n.name].target
+        given = named(original, operation_args(n.target, args), kwargs)
         return pytree.tree_map_only(Tensor, Tensor.detach, given)
 
     def _watch(self, n: fx.Node, args: Any, kwargs: Any, value: Any) -> None:

@@ -288,12 +288,10 @@ def _attention(found: Anatomy, live: Liveness) -> tuple[tuple[Attention, ...], t
             continue
         place = order[node.name]
         inside = bool(found.steps) and place < order[found.tail]
-        if (
-            has_role(node, Role.SOFTMAX)
-            and inside
-            and found.shapes[node.name][node.args[1]] in counts
-        ):  # type: ignore[index]
-            over[node.name] = None
+        if inside and has_role(node, Role.SOFTMAX):
+            shape: Any = found.shapes[node.name]
+            if shape[node.args[1]] in counts:
+                over[node.name] = None
         product = forms.product(found.shapes, node, live)
         if product is None:
             continue

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree as xml
 
 from ..plan.plan import compress
-from .report import FINE, NodeReport, Report, Verdict, edit_of_kind, group_nodes
+from .report import FINE, NodeReport, Report, Verdict, group_nodes, mends, worst
 
 TOOL = "fullgrad-theory"
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -82,7 +82,7 @@ def to_sarif(
             group[0].source or home,
             root,
             list(dict.fromkeys(n.module_path for n in group if n.module_path)),
-            {"nodes": [n.name for n in group], "error": _plain(_worst(group))},
+            {"nodes": [n.name for n in group], "error": _plain(worst(group))},
         )
         for group in _groups(report.nodes)
     ]
@@ -247,12 +247,12 @@ def _groups(nodes: Iterable[NodeReport]) -> list[list[NodeReport]]:
 
 def _sentence(group: Sequence[NodeReport]) -> str:
     """`'aten.gelu.default in blocks.{0..11}.mlp.act is violated (...): why. Mend: secant ...'`."""
-    first, worst = group[0], _worst(group)
+    first, error = group[0], worst(group)
     where = ", ".join(compress(n.module_path for n in group if n.module_path))
     facts = [f"{len(group)} nodes"] if len(group) > 1 else []
     facts += [f"degrees {first.degree}"] if first.degree else []
-    facts += [f"error {worst:.2g}"] if worst is not None else []
-    edits = "; ".join(dict.fromkeys(edit_of_kind(n) for n in group if n.edit))
+    facts += [f"error {error:.2g}"] if error is not None else []
+    edits = "; ".join(mends(group))
     return (
         first.op
         + (f" in {where}" if where else "")
@@ -261,11 +261,6 @@ def _sentence(group: Sequence[NodeReport]) -> str:
         + f": {first.reason.rstrip('.')}."
         + (f" Mend: {edits}." if edits else "")
     )
-
-
-def _worst(group: Iterable[NodeReport]) -> float | None:
-    errors = [n.error for n in group if n.error is not None]
-    return max(errors, key=lambda e: e if e == e else float("inf"), default=None)
 
 
 def _plain(number: float | None) -> float | str | None:

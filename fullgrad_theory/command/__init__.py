@@ -1,1 +1,1 @@
-"""command"""
+"""The command line."""

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..attribution.map import Map
 from ..errors import InputError
+from ..extras import require
 from ..graph.door import Model
-
-FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,12 @@ class Seen:
 
 def read(path: Path) -> Any:
     """An image file as a PIL image in RGB, upright; raises `InputError` where it is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+    pillow, operations = (require(f"PIL.{name}", "vision") for name in ("Image", "ImageOps"))
     try:
-        with Image.open(path) as opened:
+        with pillow.open(path) as opened:
             # cameras store how they were held beside the pixels
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return operations.exif_transpose(opened).convert("RGB")
+    except (OSError, pillow.DecompressionBombError) as error:
         raise InputError(f"{str(path)!r} is not an image that can be read: {error}") from error
 
 
@@ -43,15 +41,14 @@ def see(picture: Any, model: Model, example: Tensor) -> Seen:
 
     A model without a configuration gets timm's default: ImageNet's mean and deviation.
     """
-    import timm.data
-
+    data = require("timm.data", "vision")
     channels, *size = example.shape[1:]
     if channels != 3:
         raise InputError(f"the model takes {channels} channels; pictures have 3")
-    config = timm.data.resolve_data_config(
+    config = data.resolve_data_config(
         {"input_size": (3, *size)}, model=model if isinstance(model, nn.Module) else None
     )
-    pixels = timm.data.create_transform(**config, is_training=False)(picture)
+    pixels = data.create_transform(**config, is_training=False)(picture)
     if tuple(pixels.shape[1:]) != tuple(size):
         raise InputError(
             f"the model's transform makes {tuple(pixels.shape[1:])} of the image, the model takes "
@@ -64,16 +61,15 @@ def see(picture: Any, model: Model, example: Tensor) -> Seen:
 
 def class_name(model: Model, index: int) -> str:
     """What a class is called, where timm knows; else `'class 7'`."""
-    import timm.data
-
+    data = require("timm.data", "vision")
     config = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names") if isinstance(config, Mapping) else None
     if names and len(names) > index:
         return f"{names[index]} ({index})"
-    subset = timm.data.infer_imagenet_subset(model) if config else None
+    subset = data.infer_imagenet_subset(model) if config else None
     if subset is None:
         return f"class {index}"
-    return f"{timm.data.ImageNetInfo(subset).index_to_description(index)} ({index})"
+    return f"{data.ImageNetInfo(subset).index_to_description(index)} ({index})"
 
 
 def draw(
@@ -84,15 +80,15 @@ def draw(
     A row a method. For each policy, the map on its own grid with a scale that is symmetric about
     0 (red speaks for the target, blue against it), and the same over the image.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    agg = require("matplotlib.backends.backend_agg", "plots")
+    figures = require("matplotlib.figure", "plots")
     policies = list(next(iter(maps.values())))
     rows, columns = len(maps), 1 + 2 * len(policies)
     height, width = seen.shown.shape[:2]
     tall = 2.0 * height / width
-    figure = Figure(figsize=(2.4 * columns + 0.4, (tall + 0.35) * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    size = (2.4 * columns + 0.4, (tall + 0.35) * rows + 0.4)
+    figure = figures.Figure(figsize=size, layout="constrained")
+    agg.FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, (method, by_policy) in zip(axes, maps.items(), strict=True):

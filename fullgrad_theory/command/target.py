@@ -11,14 +11,13 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InputError
 from ..graph.door import Model
@@ -179,7 +178,7 @@ def _failed(what: str, error: BaseException) -> str:
     return f"{what}: {first_line(error)}" + (f" (at {at})" if at else "")
 
 
-_OURS = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
+_OURS = (f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parent}/")
 _STANDARD = (sysconfig.get_path("stdlib"), "<")
 
 
@@ -215,47 +214,3 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _few(names: Iterator[str] | Sequence[str], most: int = 8) -> str:
     names = list(names)
     return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "nothing"
-
-
-# --------------------------------------------------------------------------- inputs
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One argument of a model: sizes, and its dtype where it is not the model's."""
-
-    sizes: tuple[int, ...]
-    dtype: torch.dtype | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """`'1,3,224,224'` or `'2,16:int64'`; raises `InputError`."""
-        sizes, _, kind = text.partition(":")
-        dtype = getattr(torch, kind, None) if kind else None
-        numbers = [part.strip() for part in sizes.split(",")]
-        if not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise InputError(f"{text!r} is no shape; write sizes above 0 like 1,3,224,224")
-        if kind and not isinstance(dtype, torch.dtype):
-            raise InputError(f"{kind!r} is no dtype of torch; try float32, int64 or bool")
-        return cls(tuple(map(int, numbers)), dtype)
-
-
-def draw(
-    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> tuple[Tensor, ...]:
-    """Seeded tensors of these shapes: normal in `dtype`, integers and bools from {0, 1}.
-
-    0 and 1 are valid as token ids, as classes and as a mask, whatever the vocabulary.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def one(shape: Shape) -> Tensor:
-        kind = shape.dtype or dtype
-        if kind.is_floating_point or kind.is_complex:
-            wide = torch.complex64 if kind.is_complex else torch.float32
-            tensor = torch.randn(shape.sizes, generator=generator, dtype=wide)
-        else:
-            tensor = torch.randint(0, 2, shape.sizes, generator=generator)
-        return tensor.to(device, kind)
-
-    return tuple(map(one, shapes))

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..extras import require
 from .sample import Sample
 from .transform import Transform, apply
 
@@ -29,6 +29,12 @@ def _need(path: str | Path, what: str, folder: bool = True) -> Path:
     return path
 
 
+def _opened(file: Path) -> Any:
+    """An image file in RGB, its pixels as they are stored."""
+    with require("PIL.Image", "vision").open(file) as opened:
+        return opened.convert("RGB")
+
+
 def _sample(
     file: Path, label: int, masks: Masks, transform: Transform | None, known: bool = True
 ) -> Sample:
@@ -36,8 +42,7 @@ def _sample(
     # The pixels as they are stored, whatever EXIF says of the camera: the masks of COCO, ImageNet-S
     # and Oxford-IIIT Pet are drawn on these, and torchvision and timm, by which models are trained
     # and their published accuracies measured, read an image folder in this way.
-    with Image.open(_need(file, "the data set names an image that is missing", False)) as opened:
-        picture = opened.convert("RGB")
+    picture = _opened(_need(file, "the data set names an image that is missing", False))
     if known and label not in masks:
         masks = masks | {label: np.zeros(picture.size[::-1], bool)}
     image, moved = apply(picture, masks, transform)
@@ -66,11 +71,10 @@ class ImageFolder(Dataset[Sample]):
         transform: Transform | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        from torchvision.datasets import ImageFolder as Folder
-
         root = _need(root, "image folder")
+        datasets = require("torchvision.datasets", "vision")
         try:
-            found = Folder(root)
+            found = datasets.ImageFolder(root)
         except FileNotFoundError as error:
             raise InputError(f"image folder: {root} holds no class/picture: {error}") from error
         self.transform = transform
@@ -95,13 +99,12 @@ class OxfordPets(Dataset[Sample]):
     def __init__(
         self, root: str | Path, transform: Transform | None = None, split: str = "test"
     ) -> None:
-        from torchvision.datasets import OxfordIIITPet
-
         base = Path(root) / "oxford-iiit-pet"
         _need(base / "images", "Oxford-IIIT Pet")
         _need(base / "annotations" / f"{split}.txt", "Oxford-IIIT Pet", folder=False)
         self.transform = transform
-        self.pets = OxfordIIITPet(root, split, ("category", "segmentation"))
+        datasets = require("torchvision.datasets", "vision")
+        self.pets = datasets.OxfordIIITPet(root, split, ("category", "segmentation"))
         self.classes = tuple(self.pets.classes)
 
     def __len__(self) -> int:
@@ -112,6 +115,12 @@ class OxfordPets(Dataset[Sample]):
         mask = np.array(trimap) == 1
         image, moved = apply(picture, {label: mask}, self.transform)
         return Sample(image, label, moved[label])
+
+
+def _imagenet() -> Sequence[str]:
+    """The WordNet ids of ImageNet-1k, in the order of its models' outputs."""
+    names: Sequence[str] = require("timm.data", "vision").ImageNetInfo("imagenet-1k").label_names()
+    return names
 
 
 class ImageNetS(Dataset[Sample]):
@@ -129,14 +138,10 @@ class ImageNetS(Dataset[Sample]):
         split: str = "validation",
         classes: Sequence[str] | None = None,
     ) -> None:
-        from timm.data import ImageNetInfo
-
         images = _need(Path(root) / split, "ImageNet-S")
         segmentations = _need(Path(root) / f"{split}-segmentation", "ImageNet-S")
         self.transform = transform
-        self.classes = tuple(
-            ImageNetInfo("imagenet-1k").label_names() if classes is None else classes
-        )
+        self.classes = tuple(_imagenet() if classes is None else classes)
         folders = sorted(p.name for p in images.iterdir() if p.is_dir())
         numbers = _numbers(self.classes, folders, "ImageNet-S")
         self.label_of = {i + 1: numbers[name] for i, name in enumerate(folders)}
@@ -153,8 +158,7 @@ class ImageNetS(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image, segmentation, label = self.files[index]
-        with Image.open(segmentation) as opened:
-            pixels = np.array(opened.convert("RGB")).astype(np.int64)
+        pixels = np.array(_opened(segmentation)).astype(np.int64)
         category = pixels[..., 0] + 256 * pixels[..., 1]
         present = [int(c) for c in np.unique(category) if int(c) in self.label_of]
         masks = {self.label_of[c]: category == c for c in present}
@@ -216,8 +220,8 @@ def _outline(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
             raise InputError("COCO: a compressed run; decode it with pycocotools, or use polygons")
         values = np.arange(len(counts)) % 2 == 1  # runs of outside and inside, column by column
         return np.repeat(values, counts).reshape(size[::-1]).T
-    canvas = Image.new("1", size[::-1])
-    draw = ImageDraw.Draw(canvas)
+    canvas = require("PIL.Image", "vision").new("1", size[::-1])
+    draw = require("PIL.ImageDraw", "vision").Draw(canvas)
     for polygon in segmentation:
         draw.polygon(polygon, fill=1)
     return np.array(canvas, bool)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
+from ..extras import require
 
-Transform = Callable[[Image.Image], Tensor]
+if TYPE_CHECKING:
+    from PIL import Image
+
+Transform = Callable[["Image.Image"], Tensor]
 """From an RGB picture to (3, H, W) float32: `timm.data.create_transform(...)`, torchvision's."""
 
 
@@ -47,10 +51,13 @@ def apply(
             )
         if not masks:
             return result, {}
-        black, white = (run(Image.new("RGB", image.size, (v, v, v))) for v in (0, 255))
+        pillow = require("PIL.Image", "vision")
+        black, white = (run(pillow.new("RGB", image.size, (v, v, v))) for v in (0, 255))
         middle = (black + white) / 2
         moved = {
-            key: ((run(Image.fromarray(mask).convert("RGB")) - middle) * (white - black) > 0).all(0)
+            key: ((run(pillow.fromarray(mask).convert("RGB")) - middle) * (white - black) > 0).all(
+                0
+            )
             for key, mask in masks.items()
         }
     return result, moved

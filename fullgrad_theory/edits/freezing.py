@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from ..errors import PlanError
 from ..operators.calls import target_name
+from ..operators.registry import lookup
 from .base import OwnEdit
 from .writing import Target, Writing
 
@@ -56,13 +57,28 @@ class FrozenForm(Target):
     """An operation with the gradient of its frozen form, which computes the same with other bits.
 
     `form` takes the operation's arguments, and is run beside it. Raises `PlanError` where its
-    result is of another shape.
+    result is of another shape. One that has no name to be pickled by is found again in the record.
     """
 
     def __init__(self, function: Any, form: Any) -> None:
         super().__init__(function)
         self.__module__, self.__name__ = __name__, "frozen_form"
         self.form = form
+
+    def __getstate__(self) -> dict[str, Any]:
+        nameless = "<" in getattr(self.form, "__qualname__", "")  # a lambda, a function in another
+        return super().__getstate__() | ({"form": None} if nameless else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.form is None:
+            name = target_name(self.function)
+            record = lookup(name)
+            if record is None or record.frozen is None:
+                raise PlanError(
+                    f"{name} has no frozen form here: register it before this is loaded"
+                )
+            self.form = record.frozen.form
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         value, other = self.function(*args, **kwargs).detach(), self.form(*args, **kwargs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..operators.calls import bind, overload, target_name
@@ -37,14 +37,14 @@ class Secant(OwnEdit):
         node = writing.nodes[self.node]
         (operand,) = writing.moving(self.node)
         names = list(bind(node))
-        gate = writing.operator(self.node).gate
-        if gate is not None and names[0] == operand:
+        closed = writing.operator(self.node).gate is not None and names[0] == operand
+        if closed and not isinstance(node.target, nn.Module):
             node.args = (target_name(node.target), *node.args)
             node.target = secant
         else:
             place = names.index(operand)
             where = place if place < len(node.args) else operand
-            node.target = NumericSecant(node.target, where)  # type: ignore[arg-type]
+            node.target = SecantTarget(node.target, where, closed)  # type: ignore[arg-type]
 
 
 class _Secant(Function):
@@ -89,18 +89,18 @@ class _Gated(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, computed: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(x: Tensor, computed: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         return computed.view_as(computed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, ctx.f = inputs
+        x, _, ctx.gate = inputs
         ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return grad * _quotient(ctx.f, x), grad, None
+        return grad * ctx.gate(x), grad, None
 
 
 def _quotient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -117,18 +117,21 @@ def _quotient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.where(small, slope, (f(far) - f(torch.zeros_like(x))) / far)
 
 
-class NumericSecant(Target):
-    """An elementwise operation without a gate, with the pseudo-Jacobian (f(x) - f(0)) / x, as
-    `secant`.
+class SecantTarget(Target):
+    """An elementwise operation with the pseudo-Jacobian (f(x) - f(0)) / x, as `secant`, where that
+    is no overload with a gate.
 
-    `function`: the call's target; `place`: its argument x, a position or a keyword. Other tensors
-    keep their own gradient. f is run twice more in the backward; 16-bit dtypes are not widened.
+    `function`: the call's target; `place`: its argument x, a position or a keyword; `closed`: take
+    the operation's gate. Other tensors keep their own gradient. Without a gate f is run twice more
+    in the backward; 16-bit dtypes are not widened.
     """
 
-    def __init__(self, function: Callable[..., Tensor], place: int | str) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], place: int | str, closed: bool = False
+    ) -> None:
         super().__init__(function)
-        self.__module__, self.__name__ = __name__, "numeric_secant"
-        self.place = place
+        self.__module__, self.__name__ = __name__, "secant_target"
+        self.place, self.closed = place, closed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         def f(x: Tensor, detach: bool = True) -> Tensor:
@@ -143,5 +146,10 @@ class NumericSecant(Target):
                 named[self.place] = x
             return self.function(*given, **named)
 
+        def gate(x: Tensor) -> Tensor:
+            if self.closed:
+                return _gate(target_name(self.function))(x, *args[1:], **kwargs)
+            return _quotient(f, x)
+
         x = args[self.place] if isinstance(self.place, int) else kwargs[self.place]
-        return _Gated.apply(x, f(x.detach(), False), f)
+        return _Gated.apply(x, f(x.detach(), False), gate)

@@ -6,21 +6,212 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
 from ..operators.calls import bind, target_name
 from ..operators.registry import lookup
 from ..operators.views import View
+from .aliases import Alias, Aliases
 from .fakes import fake_call, fake_mode
 from .normal import is_effect, mutates
 
 aten = torch.ops.aten
+
+
+def functionalise(module: fx.GraphModule) -> None:
+    """Rewrite in-place calls, writes through views included, into functional ones.
+
+    The values are those of the original graph bit for bit, and so are its gradients. Raises
+    `TraceError` for a write through memory that overlaps itself (`expand`), for one that autograd
+    does not see (`detach`, `no_grad`), and for an operation without a functional form.
+    """
+    if any(n.op == "call_function" and mutates(n) for n in module.graph.nodes):
+        _merge_tied(module)
+        _Rewriter(module.graph).run()
+        module.graph.eliminate_dead_code(is_impure_node=is_effect)
+
+
+def _merge_tied(module: fx.GraphModule) -> None:
+    """One node for a tensor that is an attribute under several names."""
+    first: dict[int, fx.Node] = {}
+    for node in list(module.graph.find_nodes(op="get_attr")):
+        try:
+            tensor = operator.attrgetter(str(node.target))(module)
+        except AttributeError:
+            continue
+        if first.setdefault(id(tensor), node) is not node:
+            node.replace_all_uses_with(first[id(tensor)])
+
+
+class _Emitter:
+    """Writes calls at the insertion point; `live` are the nodes so far that carry gradient."""
+
+    def __init__(self, graph: fx.Graph, mode: Any) -> None:
+        self.graph, self.mode = graph, mode
+        self.live: set[fx.Node] = set()
+
+    def mark(self, node: fx.Node) -> None:
+        """Note whether a node carries gradient."""
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            real = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        else:
+            passes = node.target is not aten.detach.default
+            real = passes and not self.live.isdisjoint(node.all_input_nodes)
+        if real:
+            self.live.add(node)
+
+    def emit(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+    ) -> fx.Node:
+        """A new call, made for `like`."""
+        node = self.graph.call_function(target, args, kwargs)
+        kept = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+        node.meta = {key: like.meta[key] for key in kept if key in like.meta}
+        if self.mode is not None and all("val" in n.meta for n in node.all_input_nodes):
+            node.meta["val"] = fake_call(self.mode, node)[1]
+        self.mark(node)
+        return node
+
+    def computed(self, node: fx.Node) -> fx.Node:
+        """What an in-place call computes, before it is cast to the dtype it is written to."""
+        if node.target is aten.copy_.default:  # aten.copy has no derivative
+            target, source = node.args[:2]
+            cast = self.emit(aten.type_as.default, (source, target), {}, node)
+            return self.emit(aten.expand_as.default, (cast, target), {}, node)
+        return self.emit(_functional(node), node.args, node.kwargs, node)
+
+    def cast(self, value: fx.Node, target: fx.Node) -> fx.Node:
+        """A write keeps the dtype of the memory it goes to."""
+        old, new = target.meta.get("val"), value.meta.get("val")
+        if isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype != new.dtype:
+            return self.emit(aten.to.dtype, (value, old.dtype), {}, value)
+        return value
+
+    def rebase(self, view: fx.Node, value: fx.Node) -> fx.Node:
+        """The same view of another base."""
+        known = _view(view.target)
+        if not isinstance(view.args[0], fx.Node) or (known is not None and known.of_memory):
+            raise _refusal(view, f"{view.target} makes a view of memory that is written to later")
+        return self.emit(_relaid(view.target), (value, *view.args[1:]), dict(view.kwargs), view)
+
+    def back(self, node: fx.Node, view: fx.Node, base: fx.Node, value: Any) -> Any:
+        """What `base` holds after `value` was written through a view of it."""
+        if view.target is operator.getitem:
+            count = len(base.meta["val"])
+            parts: list[Any] = [
+                self.emit(operator.getitem, (base, i), {}, view) for i in range(count)
+            ]
+            parts[bind(view)["index"]] = value
+            return parts
+        known = _view(view.target)
+        emitted = known.back(view, base, value) if known and known.back else None
+        if emitted is None:
+            raise _refusal(node, f"it writes in place through a view made by {view.target}")
+        return self.emit(*emitted, {}, node)
+
+
+class _Rewriter:
+    """Goes through a graph in order: what is read is what its memory holds by then, and a write
+    makes a new value of it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        mode = fake_mode(graph)
+        self.graph, self.aliases, self.emitter = graph, Aliases(mode), _Emitter(graph, mode)
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "call_function":
+                self._call(node)
+            elif node.op == "placeholder":
+                self.emitter.mark(node)
+            else:
+                self._read(node)
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "call_function" and mutates(node):
+                self.graph.erase_node(node)
+
+    def _call(self, node: fx.Node) -> None:
+        target = next(iter(node.args), None)
+        if mutates(node):
+            self._read(node)
+            self._write(node, target)
+            return
+        operand = self.aliases.shared_operand(node)  # of the eager values, whose strides count
+        self._read(node)
+        self.emitter.mark(node)
+        if operand is not None:
+            self.aliases.view(node, operand)
+        if node.args and node.args[0] is not target:
+            node.target = _relaid(node.target)
+
+    def _read(self, node: fx.Node) -> None:
+        """Every operand is what its memory holds now."""
+        node.args, node.kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self._current(n, node)
+        )
+
+    def _current(self, node: fx.Node, before: fx.Node) -> fx.Node:
+        """The node that now holds what `node` would read."""
+        alias = self.aliases.get(node)
+        if alias is None or alias.untouched:
+            return node
+        value = alias.shown
+        if value is None:
+            value = alias.storage.newest
+            with self.graph.inserting_before(before):
+                for view in alias.chain:
+                    value = self.emitter.rebase(view, value)
+            alias.fresh[alias.storage.version] = value
+            self.aliases.put(value, alias)
+        return value
+
+    def _write(self, node: fx.Node, target: Any) -> None:
+        """Put the functional form of an in-place call, and what it changes, before it."""
+        alias = self.aliases.of(target)
+        with self.graph.inserting_before(node):
+            pure = self.emitter.computed(node)
+            if node.target is not aten.copy_.default and _makes_view(pure.target):
+                # of the old values
+                alias.chain = (*alias.chain, pure)
+                alias.fresh = {alias.storage.version: pure}
+                self.aliases.put(pure, alias)
+            else:
+                self._refuse_hidden(node, alias, pure)
+                value = self._base_after(node, alias, pure)
+                alias.storage.hold(value)
+                self.aliases.put(value, Alias(alias.storage))
+        self.aliases.put(node, alias)
+
+    def _base_after(self, node: fx.Node, alias: Alias, pure: fx.Node) -> Any:
+        """What the memory holds after a value was written through the views that lead to it."""
+        value: Any = self.emitter.cast(pure, node.args[0])  # type: ignore[arg-type]
+        bases = [alias.storage.newest]
+        for view in alias.chain[:-1]:
+            bases.append(self.emitter.rebase(view, bases[-1]))
+        for view, base in reversed([*zip(alias.chain, bases, strict=False)]):
+            if view not in self.aliases.same:
+                value = self.emitter.back(node, view, base, value)
+        return value
+
+    def _refuse_hidden(self, node: fx.Node, alias: Alias, pure: fx.Node) -> None:
+        """Refuse writes that autograd does not see, or that nobody can follow."""
+        if alias.storage.tangled:
+            raise _refusal(node, "it writes to memory that several results share")
+        detached = any(view.target is aten.detach.default for view in alias.chain)
+        if detached and not self.emitter.live.isdisjoint({alias.storage.newest, pure}):
+            raise _refusal(
+                node,
+                "it writes through detach() or under no_grad to a value that carries gradient, "
+                "which changes that value behind autograd's back",
+            )
+
+
+# --------------------------------------------------------------------------- what torch says
 
 
 def _functional(node: fx.Node) -> Any:
@@ -44,233 +235,10 @@ def _takes(target: Any) -> list[tuple[str, str]]:
     return [(a.name, str(a.type)) for a in target._schema.arguments]
 
 
-def _refusal(node: fx.Node, why: str) -> TraceError:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [entry[0] for entry in stack.values()][-1:]
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    code = [line for line in frames if line.startswith("File ")][-1:]
-    where = ", ".join(["", *(f"in {p}" for p in path if p), *code])
-    return TraceError(
-        f"node {node.name}{where}: {why}; rewrite that line of the model without the in-place "
-        "operation, or clone() what it writes to"
-    )
-
-
-@dataclass(eq=False)
-class _Storage:
-    """One piece of memory: the node that holds its newest contents."""
-
-    newest: fx.Node
-    version: int = 0
-
-
-@dataclass
-class _Alias:
-    """A node that shares memory: a chain of view calls from the storage's base."""
-
-    storage: _Storage
-    chain: tuple[fx.Node, ...] = ()
-    fresh: dict[int, fx.Node] = field(default_factory=dict)
-
-
-class _Functional:
-    """Rewrites a graph in order; `aliases` are the nodes seen so far that share memory."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module, self.graph, self.mode = module, module.graph, fake_mode(module.graph)
-        self.aliases: dict[fx.Node, _Alias] = {}
-        self.live: set[fx.Node] = set()
-        self.tangled: set[_Storage] = set()
-        self.same: set[fx.Node] = set()
-
-    def run(self) -> None:
-        self._merge_tied()
-        for node in list(self.graph.nodes):
-            if node.op == "placeholder":
-                value = node.meta.get("val")
-                if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                    self.live.add(node)
-                continue
-            target, operand = next(iter(node.args), None), None
-            if node.op == "call_function" and not mutates(node):
-                operand = self.shared_operand(node)  # of the eager values, whose strides count
-            node.args = fx.map_arg(node.args, lambda n, at=node: self.current(n, at))  # type: ignore[misc]
-            node.kwargs = fx.map_arg(node.kwargs, lambda n, at=node: self.current(n, at))  # type: ignore[misc]
-            if node.op != "call_function":
-                continue
-            if mutates(node):
-                self.write(node, target)
-                continue
-            self._mark(node)
-            if operand is not None:
-                self.view(node, operand)
-            if node.args and node.args[0] is not target:
-                node.target = _relaid(node.target)
-        for node in reversed(list(self.graph.nodes)):
-            if node.op == "call_function" and mutates(node):
-                self.graph.erase_node(node)
-
-    def _merge_tied(self) -> None:
-        """One node for a tensor that is an attribute under several names."""
-        first: dict[int, fx.Node] = {}
-        for node in list(self.graph.find_nodes(op="get_attr")):
-            try:
-                tensor = operator.attrgetter(str(node.target))(self.module)
-            except AttributeError:
-                continue
-            if first.setdefault(id(tensor), node) is not node:
-                node.replace_all_uses_with(first[id(tensor)])
-
-    def _mark(self, node: fx.Node) -> None:
-        if node.target is not aten.detach.default and not self.live.isdisjoint(
-            node.all_input_nodes
-        ):
-            self.live.add(node)
-
-    def emit(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
-    ) -> fx.Node:
-        """A new call at the insertion point, made for `like`."""
-        node = self.graph.call_function(target, args, kwargs)
-        kept = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
-        node.meta = {key: like.meta[key] for key in kept if key in like.meta}
-        if self.mode is not None and all("val" in n.meta for n in node.all_input_nodes):
-            node.meta["val"] = fake_call(self.mode, node)[1]
-        self._mark(node)
-        return node
-
-    # ----------------------------------------------------------------------- reads
-
-    def current(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        """The node that now holds what `node` would read."""
-        alias = self.aliases.get(node)
-        if alias is None or (alias.storage.version == 0 and not alias.fresh):
-            return node
-        value = alias.storage.newest
-        if not alias.chain or alias.storage.version in alias.fresh:
-            return alias.fresh.get(alias.storage.version, value)
-        with self.graph.inserting_before(before):
-            for view in alias.chain:
-                value = self.rebase(view, value)
-        alias.fresh[alias.storage.version] = value
-        self.aliases[value] = alias
-        return value
-
-    def rebase(self, view: fx.Node, value: fx.Node) -> fx.Node:
-        """The same view of another base."""
-        known = _view(view.target)
-        if not isinstance(view.args[0], fx.Node) or (known is not None and known.of_memory):
-            raise _refusal(view, f"{view.target} makes a view of memory that is written to later")
-        return self.emit(_relaid(view.target), (value, *view.args[1:]), dict(view.kwargs), view)
-
-    def shared_operand(self, node: fx.Node) -> fx.Node | None:
-        """The operand whose memory a pure call's result shares, judged by running it on fakes.
-
-        A schema does not tell: reshape, contiguous and dropout share it sometimes, `to` seldom.
-        """
-        if node.target is operator.getitem:
-            listed = node.args[0]
-            return listed if isinstance(listed, fx.Node) and listed in self.aliases else None
-        tags = getattr(node.target, "tags", None)
-        if tags is None or _DATA_DEPENDENT & {*tags}:
-            return None
-        if self.mode is None or not all("val" in n.meta for n in node.all_input_nodes):
-            return None
-        given, result = fake_call(self.mode, node)
-        memory = {_memory(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}
-        shared = [
-            operand
-            for operand, value in zip(node.all_input_nodes, given, strict=True)
-            if isinstance(value, Tensor) and _memory(value) in memory
-        ]
-        if len(memory) > 1:  # the results are views of several operands
-            self.tangled.update(self.storage(operand) for operand in shared)
-        return shared[0] if shared else None
-
-    def alias(self, node: fx.Node) -> _Alias:
-        return self.aliases.setdefault(node, _Alias(_Storage(node)))
-
-    def storage(self, node: fx.Node) -> _Storage:
-        return self.alias(node).storage
-
-    def view(self, node: fx.Node, operand: fx.Node) -> None:
-        """Record that a call's result shares an operand's memory."""
-        parent = self.alias(operand)
-        version = parent.storage.version
-        fresh = {version: node} if version else {}
-        self.aliases[node] = _Alias(parent.storage, (*parent.chain, node), fresh)
-        if _congruent(operand, node):
-            self.same.add(node)
-
-    # ----------------------------------------------------------------------- writes
-
-    def write(self, node: fx.Node, target: Any) -> None:
-        """Put the functional form of an in-place call, and what it changes, before it."""
-        with self.graph.inserting_before(node):
-            pure = self.functional(node)
-            alias = self.alias(target)
-            storage = alias.storage
-            if node.target is not aten.copy_.default and _makes_view(
-                pure.target
-            ):  # of the old values
-                alias.chain, alias.fresh = (*alias.chain, pure), {storage.version: pure}
-                self.aliases[node] = self.aliases[pure] = alias
-                return
-            self._refuse_hidden(node, alias, pure)
-            value = self.like(pure, node.args[0])  # type: ignore[arg-type]
-            bases = [storage.newest] if alias.chain else []
-            for view in alias.chain[:-1]:
-                bases.append(self.rebase(view, bases[-1]))
-            for view, base in zip(reversed(alias.chain), reversed(bases), strict=True):
-                value = self.back(node, view, base, value)
-        storage.newest, storage.version = value, storage.version + 1
-        self.aliases[node] = alias
-        self.aliases[value] = _Alias(storage)
-
-    def functional(self, node: fx.Node) -> fx.Node:
-        """What an in-place call computes, before it is cast to the dtype it is written to."""
-        if node.target is aten.copy_.default:  # aten.copy has no derivative
-            target, source = node.args[:2]
-            cast = self.emit(aten.type_as.default, (source, target), {}, node)
-            return self.emit(aten.expand_as.default, (cast, target), {}, node)
-        return self.emit(_functional(node), node.args, node.kwargs, node)
-
-    def _refuse_hidden(self, node: fx.Node, alias: _Alias, pure: fx.Node) -> None:
-        """Refuse writes that autograd does not see, or that nobody can follow."""
-        if alias.storage in self.tangled:
-            raise _refusal(node, "it writes to memory that several results share")
-        detached = any(view.target is aten.detach.default for view in alias.chain)
-        if detached and (alias.storage.newest in self.live or pure in self.live):
-            raise _refusal(
-                node,
-                "it writes through detach() or under no_grad to a value that carries gradient, "
-                "which changes that value behind autograd's back",
-            )
-
-    def like(self, value: fx.Node, target: fx.Node) -> fx.Node:
-        """A write keeps the dtype of the memory it goes to."""
-        old, new = target.meta.get("val"), value.meta.get("val")
-        if isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype != new.dtype:
-            return self.emit(aten.to.dtype, (value, old.dtype), {}, value)
-        return value
-
-    def back(self, node: fx.Node, view: fx.Node, base: fx.Node, value: Any) -> Any:
-        """What `base` holds after `value` was written through a view of it."""
-        kind = view.target
-        if kind is operator.getitem:
-            parts: list[Any] = [
-                self.emit(operator.getitem, (base, i), {}, view)
-                for i in range(len(base.meta["val"]))
-            ]
-            parts[bind(view)["index"]] = value
-            return parts
-        if view in self.same:
-            return value
-        known = _view(kind)
-        emitted = known.back(view, base, value) if known and known.back else None
-        if emitted is None:
-            raise _refusal(node, f"it writes in place through a view made by {kind}")
-        return self.emit(*emitted, {}, node)
+def _makes_view(target: Any) -> bool:
+    """Whether an operation always returns memory of what it reads, by its schema."""
+    returned = target._schema.returns
+    return len(returned) == 1 and returned[0].alias_info is not None
 
 
 def _view(target: Any) -> View | None:
@@ -284,35 +252,13 @@ def _relaid(target: Any) -> Any:
     return known.relaid if known is not None and known.relaid is not None else target
 
 
-def _makes_view(target: Any) -> bool:
-    """Whether an operation always returns memory of what it reads, by its schema."""
-    returned = target._schema.returns
-    return len(returned) == 1 and returned[0].alias_info is not None
-
-
-_DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _congruent(base: fx.Node, view: fx.Node) -> bool:
-    """Whether a view is element by element its base: `to` the same dtype, dropout in eval mode."""
-    a, b = base.meta.get("val"), view.meta.get("val")
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return False
-    same = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-    return same and bool(a.storage_offset() == b.storage_offset())
-
-
-def functionalise(module: fx.GraphModule) -> None:
-    """Rewrite in-place calls, writes through views included, into functional ones.
-
-    The values are those of the original graph bit for bit, and so are its gradients. Raises
-    `TraceError` for a write through memory that overlaps itself (`expand`), for one that autograd
-    does not see (`detach`, `no_grad`), and for an operation without a functional form.
-    """
-    if any(n.op == "call_function" and mutates(n) for n in module.graph.nodes):
-        _Functional(module).run()
-        module.graph.eliminate_dead_code(is_impure_node=is_effect)
+def _refusal(node: fx.Node, why: str) -> TraceError:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [entry[0] for entry in stack.values()][-1:]
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    code = [line for line in frames if line.startswith("File ")][-1:]
+    where = ", ".join(["", *(f"in {p}" for p in path if p), *code])
+    return TraceError(
+        f"node {node.name}{where}: {why}; rewrite that line of the model without the in-place "
+        "operation, or clone() what it writes to"
+    )

@@ -1,1 +1,1 @@
-"""measure"""
+"""Measuring: attribution methods on sets of images, and results with intervals."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError, unknown_name
+from ..extras import require
 
 
 class Row(NamedTuple):
@@ -30,7 +32,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `count` images and its confidence interval (NaN for fewer than two)."""
+    """A mean over `count` images and its confidence interval: NaN for fewer than two, and where one
+    is infinite."""
 
     mean: float
     low: float
@@ -168,9 +171,13 @@ def _row(entry: Mapping[str, Any]) -> Row:
 
 
 def _bootstrap(values: np.ndarray, confidence: float, resamples: int) -> Interval:
-    """Bias-corrected and accelerated (Efron 1987), seeded: the same results give the same one."""
-    from scipy.stats import bootstrap
+    """Bias-corrected and accelerated (Efron 1987), seeded: the same results give the same one.
 
+    Its corrections are not defined where no resample's mean, or every one, lies below the mean, or
+    where leaving one value out changes nothing: a few values that are equal but for their last
+    digits. There it is the percentile interval of the same resamples.
+    """
+    stats = require("scipy.stats", "measure")
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -179,12 +186,17 @@ def _bootstrap(values: np.ndarray, confidence: float, resamples: int) -> Interva
         return Interval(mean, math.nan, math.nan, len(values))
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean, len(values))
-    found = bootstrap(
+    bootstrap = partial(
+        stats.bootstrap,
         (values,),
         np.mean,
         confidence_level=confidence,
-        n_resamples=resamples,
         batch=max(1, 2**24 // len(values)),
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high), len(values))
+    )
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = bootstrap(n_resamples=resamples, rng=np.random.default_rng(0))
+        if np.isnan(found.confidence_interval).any():
+            found = bootstrap(n_resamples=0, bootstrap_result=found, method="percentile")
+    low, high = map(float, found.confidence_interval)
+    return Interval(mean, low, high, len(values))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ..errors import FullgradError
+from ..graph.sources import first_line
+
+T = TypeVar("T")
 _CALLS = count()
 _PATIENCE = timedelta(days=30)  # others may have longer batches
 
@@ -56,3 +60,19 @@ def processes() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), group)
     finally:
         dist.destroy_process_group(group)
+
+
+def together(here: Processes, work: Callable[[], T]) -> list[T]:
+    """What `work` returns in every process, by rank; if it fails in one, all of them raise."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001  first the others are told, who wait for the result
+        failure = error
+    told = here.from_all((result, None if failure is None else first_line(failure)))
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(told):
+        if text is not None:
+            raise FullgradError(f"process {rank} of {here.count} failed: {text}")
+    return [found for found, _ in told]

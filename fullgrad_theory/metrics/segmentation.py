@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..extras import require
 from .upsample import on_masks
 
 
@@ -16,13 +17,10 @@ def segmentation_ap(values: Tensor, masks: Tensor) -> Tensor:
     thresholds of (recall step) x precision, scikit-learn's `average_precision_score`; used for
     attribution maps by Chefer et al. 2021 (arXiv:2012.09838).
     """
-    from sklearn.metrics import average_precision_score
-
+    score = require("sklearn.metrics", "measure").average_precision_score
     pixels, masks = on_masks(values, masks)
     scores = [
-        average_precision_score(mask.flatten().numpy(), pixel.flatten().numpy())
-        if bool(mask.any())
-        else float("nan")
+        score(mask.flatten().numpy(), pixel.flatten().numpy()) if bool(mask.any()) else float("nan")
         for pixel, mask in zip(pixels, masks, strict=True)
     ]
     return torch.tensor(scores, dtype=torch.float64)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .algebra import Algebra, Role
 from .calls import argument_names, overload, target_name
 from .classes import CLASSES
+from .gates import Gate
 from .readers import Reader
-from .record import Frozen, Gate, Operator
+from .record import Frozen, Operator
 from .region import REGION
 from .relations import signature_names
 from .tables import TABLES
@@ -59,7 +60,7 @@ def register(
     *,
     origin: float = 0.0,
     vanishes: str = "",
-    gate: Gate | None = None,
+    gate: Callable[..., Tensor] | None = None,
     frozen: Frozen | Callable[..., Any] | None = None,
     normalised: str = "",
     eps: str = "eps",
@@ -86,7 +87,7 @@ def register(
         rule,
         origin,
         vanishes,
-        gate,
+        Gate(gate) if gate is not None and not isinstance(gate, Gate) else gate,
         Frozen(frozen) if callable(frozen) else frozen,
         normalised or signature_names(rule)[0],
         eps,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +15,9 @@ from torch import fx
 from ..edits.kinds import Edit, edit_of_data
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph, holds_tensor
-from ..operators.calls import short_name, target_name
+from ..operators.calls import target_name
+from .text import PlanText
+from .text import compress as compress
 
 FORMAT = "fullgrad-theory plan 1"
 
@@ -25,11 +25,10 @@ FORMAT = "fullgrad-theory plan 1"
 def fingerprint(graph: ComputationGraph) -> str:
     """A hash of a graph's tensor operations and what they read, in order; sizes do not count."""
     lines = []
-    for node in graph.fx.graph.nodes:
-        if node.op == "placeholder" or holds_tensor(node):
-            target = target_name(node.target) if node.op == "call_function" else node.op
-            reads = [n.name for n in node.all_input_nodes if _is_value(n)]
-            lines.append(f"{node.name} = {target}({', '.join(reads)})")
+    for node in filter(_is_value, graph.fx.graph.nodes):
+        target = target_name(node.target) if node.op == "call_function" else node.op
+        reads = [n.name for n in node.all_input_nodes if _is_value(n)]
+        lines.append(f"{node.name} = {target}({', '.join(reads)})")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -80,10 +79,17 @@ class Plan:
     def __bool__(self) -> bool:
         return True  # an empty plan is a plan
 
+    def __str__(self) -> str:
+        return str(PlanText(self))
+
+    def meaning(self, edit: Edit) -> str:
+        """One edit in words: what it does to the backward, and what leaves the backward with it."""
+        return PlanText(self).meaning(edit)
+
     @cached_property
     def pruned(self) -> frozenset[tuple[str, str]]:
         """The edges (node, argument) that carry no gradient."""
-        return frozenset((e.node, e.place[1]) for e in self.edits if e.holds(e.place[1]))
+        return frozenset((e.node, e.held) for e in self.edits if e.held is not None)
 
     @cached_property
     def _by_node(self) -> dict[str, tuple[Edit, ...]]:
@@ -114,126 +120,59 @@ class Plan:
                 "derive it again with derive_rules(model, inputs)"
             )
 
-    # ----------------------------------------------------------------------- as text and as a file
+    # ------------------------------------------------------------------ as a file
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with its alternatives, factors as text."""
-        text = json.dumps({"format": FORMAT} | self._data(), indent=1, ensure_ascii=False)
+        text = json.dumps(self.to_data(), indent=1, ensure_ascii=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
-
-    def _data(self) -> dict[str, Any]:
-        edits = [
-            e.data()
-            | {"reason": self.reasons.get(e, "")}
-            | ({"cuts": self.cuts[e]} if e in self.cuts else {})
-            for e in self.edits
-        ]
-        chosen = ("policy", "cost", "optimal", "stopped", "fingerprint")
-        data = {key: getattr(self, key) for key in chosen}
-        data |= {"edits": edits, "left": self.left, "where": self.where}
-        return data | {"alternatives": [plan._data() for plan in self.alternatives]}
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read what `save` wrote; raises `PlanError` where the file holds no plan."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _no_plan(str(path), error) from error
+        return Plan.of_data(data, str(path))
+
+    def to_data(self) -> dict[str, Any]:
+        """What `save` writes, for `json.dumps`; `of_data` reads it."""
+        return {"format": FORMAT} | _data_of(self)
+
+    @staticmethod
+    def of_data(data: Any, source: str = "this") -> Plan:
+        """The plan that `to_data` wrote, also where it went through JSON.
+
+        Raises `PlanError` where it is none; `source` is what the message calls it.
+        """
+        try:
             if data["format"] != FORMAT:
-                raise PlanError(f"{path} has the format {data['format']!r}, not {FORMAT!r}")
-            return _plan(data)
+                raise PlanError(f"{source} has the format {data['format']!r}, not {FORMAT!r}")
+            return _plan_of(data)
+        except PlanError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(
-                f"{path} holds no plan ({type(error).__name__}: {error}); write one with plan.save"
-            ) from error
-
-    def __str__(self) -> str:
-        width = shutil.get_terminal_size().columns
-        proof = "" if self.optimal else ", not proven to be the least: the search met its limit"
-        head = f"policy {self.policy!r}: {_count(len(self), 'edit')}, cost {self.cost}{proof}"
-        lines = [head]
-        for (label, reason), edits in self._alike(self.edits).items():
-            text = f"{len(edits):>5} x {label}: {self._places(e.node for e in edits)}"
-            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
-            for words in filter(None, (reason, self._leaving(edits))):
-                lines += textwrap.wrap(
-                    words, width, initial_indent=" " * 8, subsequent_indent=" " * 10
-                )
-        by_operation: dict[str, list[str]] = {}
-        for node in self.left:
-            by_operation.setdefault(self._operation(node), []).append(node)
-        for operation, nodes in by_operation.items():
-            text = f"{len(nodes):>5} x left incomplete: {operation}: {self._places(nodes)}"
-            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
-        for number, other in enumerate(self.alternatives, 1):
-            text = f"alternative {number}, cost {other.cost}: {self._against(other)}"
-            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
-        if self.stopped:
-            text = (
-                "the search for alternatives met its limit: there may be others, and cheaper ones; "
-                "raise effort in derive_rules"
-            )
-            lines += textwrap.wrap(text, width, subsequent_indent=" " * 8)
-        return "\n".join(lines)
-
-    def meaning(self, edit: Edit) -> str:
-        """One edit in words: what it does to the backward, and what leaves the backward with it."""
-        here = self._place(edit.node)
-        words = f"{self._label(edit)}" + (f" in {here}" if here != edit.node else "")
-        more = filter(None, (self.reasons.get(edit, ""), self._leaving([edit])))
-        return "; ".join((words, *more))
-
-    def _against(self, other: Plan) -> str:
-        """What another plan does differently, in a line."""
-        removed, added = self.diff(other)
-        more = "; ".join(filter(None, (other._brief(added), other._leaving(added))))
-        return f"{more}; without: {self._brief(removed)}" if removed else more
-
-    def _brief(self, edits: Iterable[Edit]) -> str:
-        labels: dict[str, list[str]] = {}
-        for edit in edits:
-            labels.setdefault(self._label(edit), []).append(edit.node)
-        return ", ".join(
-            (f"{len(nodes)} x " if len(nodes) > 1 else "") + f"{label} ({self._places(nodes)})"
-            for label, nodes in labels.items()
-        )
-
-    def _alike(self, edits: Iterable[Edit]) -> dict[tuple[str, str], list[Edit]]:
-        groups: dict[tuple[str, str], list[Edit]] = {}
-        for edit in edits:
-            groups.setdefault((self._label(edit), self.reasons.get(edit, "")), []).append(edit)
-        return groups
-
-    def _leaving(self, edits: Iterable[Edit]) -> str:
-        """What is held fixed by these prunes, and what of the model leaves the backward."""
-        cuts = [self.cuts[edit] for edit in edits if self.cuts.get(edit)]
-        if not cuts:
-            return ""
-        held = dict.fromkeys(self._operation(nodes[0]) for nodes in cuts)
-        gone = dict.fromkeys(node for nodes in cuts for node in nodes[1:])
-        words = f"held fixed: {_some(held)}"
-        if gone:
-            words += f"; out of the backward: {_some(dict.fromkeys(map(self._operation, gone)))}"
-            paths = dict.fromkeys(path for node in gone if (path := self.where[node][1]))
-            words += f" in {_some(compress(paths))}" if paths else ""
-        return words
-
-    def _operation(self, node: str) -> str:
-        return short_name(self.where.get(node, (node, ""))[0])
-
-    def _places(self, nodes: Iterable[str]) -> str:
-        return ", ".join(compress(self._place(node) for node in nodes))
-
-    def _place(self, node: str) -> str:
-        return self.where.get(node, ("", ""))[1] or node
-
-    def _label(self, edit: Edit) -> str:
-        """The edit with its operation in place of its node."""
-        return edit.words(self._operation(edit.node))
+            raise _no_plan(source, error) from error
 
 
-def _plan(data: Mapping[str, Any]) -> Plan:
+def _data_of(plan: Plan) -> dict[str, Any]:
+    edits = [
+        edit.data()
+        | {"reason": plan.reasons.get(edit, "")}
+        | ({"cuts": list(plan.cuts[edit])} if edit in plan.cuts else {})
+        for edit in plan.edits
+    ]
+    chosen = ("policy", "cost", "optimal", "stopped", "fingerprint")
+    return {key: getattr(plan, key) for key in chosen} | {
+        "edits": edits,
+        "left": list(plan.left),
+        "where": {node: list(where) for node, where in plan.where.items()},
+        "alternatives": [_data_of(other) for other in plan.alternatives],
+    }
+
+
+def _plan_of(data: Mapping[str, Any]) -> Plan:
     edits = [(edit_of_data(entry), entry) for entry in data["edits"]]
     return Plan(
         tuple(edit for edit, _ in edits),
@@ -245,48 +184,12 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         tuple(data["left"]),
         {node: (operation, module) for node, (operation, module) in data["where"].items()},
         {edit: tuple(entry["cuts"]) for edit, entry in edits if "cuts" in entry},
-        tuple(_plan(other) for other in data["alternatives"]),
+        tuple(_plan_of(other) for other in data["alternatives"]),
         data["stopped"],
     )
 
 
-def _some(words: Iterable[str], most: int = 6) -> str:
-    words = list(words)
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if words[most:] else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-# --------------------------------------------------------------------------- module paths
-
-
-def compress(paths: Iterable[str]) -> list[str]:
-    """Paths that differ in numbers only as one: `blocks.{0..11}.norm1`. Order and doubles go."""
-    rows = {tuple(path.split(".")) for path in paths}
-    for position in range(max((len(row) for row in rows), default=0)):
-        groups: dict[tuple[str, ...], set[int]] = {}
-        merged = set()
-        for row in rows:
-            if position < len(row) and row[position].isdigit():
-                rest = (*row[:position], "", *row[position + 1 :])
-                groups.setdefault(rest, set()).add(int(row[position]))
-            else:
-                merged.add(row)
-        for rest, numbers in groups.items():
-            merged.add((*rest[:position], _runs(sorted(numbers)), *rest[position + 1 :]))
-        rows = merged
-    return [".".join(row) for row in sorted(rows)]
-
-
-def _runs(numbers: list[int]) -> str:
-    """`[0, 1, 2, 7]` as `'{0..2,7}'`; one number as itself."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = [str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs]
-    return parts[0] if len(numbers) == 1 else "{" + ",".join(parts) + "}"
+def _no_plan(source: str, error: Exception) -> PlanError:
+    return PlanError(
+        f"{source} holds no plan ({type(error).__name__}: {error}); write one with plan.save"
+    )

@@ -24,24 +24,17 @@ from torch.utils import _pytree as pytree
 
 from ..bars import Tick
 from ..errors import InputError
-from ..operators.registry import lookup
-from ..operators.relations import parse_signature
+from .coverage import CONTEXTS, contexts, run_values
 from .independent import is_real
 from .properties import PropertyError, check_properties
-from .samples import overload
 from .strategies import (
     Architecture,
-    Statement,
     Value,
-    Weight,
-    _lists,
-    _positions,
-    _without_the_unread,
     drawable,
     from_data,
     random_architecture,
     to_data,
-    weight,
+    without_the_unread,
 )
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -50,20 +43,6 @@ SPAN = 1_000_000
 """seeds of two campaigns do not meet below this many examples"""
 AGAIN = 8
 """one architecture in so many is traced a second time"""
-CONTEXTS = (
-    "chain",
-    "residual",
-    "fan-out",
-    "branch",
-    "gate",
-    "attention",
-    "recurrence",
-    "multi-output",
-    "degenerate size",
-    "bias position",
-    "coefficient position",
-    "frozen operand",
-)
 
 
 @dataclass
@@ -106,109 +85,6 @@ class Tally:
 
 
 # --------------------------------------------------------------------------- one example
-
-
-def run_values(architecture: Architecture) -> list[Any]:
-    """The value of every input and statement at the architecture's own example, with gradients."""
-    weights = [
-        torch.tensor(_lists(w.data), dtype=getattr(torch, w.kind.removeprefix("torch.")))
-        if w.data is not None
-        else weight(w.shape, w.kind, w.seed)
-        for w in architecture.weights
-    ]
-    values: list[Any] = [
-        x.requires_grad_() for x in architecture.example()[: len(architecture.inputs)]
-    ]
-
-    def runtime(leaf: Any) -> Any:
-        if isinstance(leaf, Value):
-            return values[leaf.index]
-        return weights[leaf.index] if isinstance(leaf, Weight) else leaf
-
-    with torch.enable_grad():
-        for s in architecture.statements:
-            args, kwargs = pytree.tree_map(runtime, (_lists(s.args), dict(s.kwargs)))
-            values.append(overload(s.target)(*args, **{k: _lists(v) for k, v in kwargs.items()}))
-    return values
-
-
-def contexts(architecture: Architecture) -> Iterator[tuple[str, str]]:
-    """Every (operation, context) that the architecture exercises."""
-    values = run_values(architecture)
-    count = len(architecture.inputs)
-    readers: dict[int, list[int]] = {}
-    for place, s in enumerate(architecture.statements):
-        for read in s.reads:
-            readers.setdefault(read, []).append(place)
-    live = {i for i, v in enumerate(values) if _is_live(v)}
-    moving = set(range(count))
-    ancestors: list[set[int]] = [{i} for i in range(count)]
-    for place, s in enumerate(architecture.statements):
-        ancestors.append({place + count}.union(*(ancestors[r] for r in s.reads)))
-        if any(r in moving for r in s.reads):
-            moving.add(place + count)
-    shared = Counter(w for s in architecture.statements for w in set(s.weights))
-    for place, s in enumerate(architecture.statements):
-        if s.target == "getitem" or not any(r in moving for r in s.reads):
-            if s.target != "getitem":
-                yield s.target, "coefficient position"
-            continue
-        own = place + count
-        found = set()
-        users = readers.get(own, [])
-        if len(users) > 1:
-            found.add("fan-out")
-        if any(len(readers[r]) > 1 for r in s.reads):
-            found.add("branch")
-        for user in users:
-            other = architecture.statements[user]
-            rest = [r for r in other.reads if r != own and r in live]
-            if other.target.startswith("aten.add.") and any(r in ancestors[own] for r in rest):
-                found.add("residual")
-            if other.target.startswith("aten.mul.") and rest:
-                found.add("gate")
-            if "attention" in other.target or ("matmul" in other.target and rest):
-                found.add("attention")
-        if any(shared[w] > 1 for w in s.weights) or any(
-            word in s.target for word in ("lstm", "gru", "rnn")
-        ):
-            found.add("recurrence")
-        if isinstance(values[own], (tuple, list)):
-            found.add("multi-output")
-        shapes = [values[r].shape for r in s.reads if isinstance(values[r], torch.Tensor)]
-        if any(1 in shape or not shape for shape in shapes):
-            found.add("degenerate size")
-        if any(r in moving and r not in live for r in s.reads):
-            found.add("frozen operand")
-        found |= _positions_of_constants(s, moving)
-        yield from ((s.target, context) for context in found or {"chain"})
-
-
-def _is_live(value: Any) -> bool:
-    return any(is_real(t) and t.requires_grad for t in pytree.tree_leaves(value))
-
-
-def _positions_of_constants(statement: Statement, moving: set[int]) -> set[str]:
-    """Whether a constant operand stands in a monomial of its own, or beside a moving factor."""
-    entry = lookup(statement.target)
-    given = [*zip(_positions(statement.target), statement.args, strict=False), *statement.kwargs]
-    constant: dict[str, bool] = {}
-    found = set()
-    for name, value in given:
-        leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, (Value, Weight, float))]
-        flags = [not (isinstance(x, Value) and x.index in moving) for x in leaves]
-        if leaves:
-            constant[name] = all(flags)
-            if any(flags) and not all(flags):
-                found.add("bias position")
-    for output in parse_signature(entry.signature) if entry else ():
-        for term in output:
-            names = [n for n in constant if n in term.replace("*", " ").replace("/", " ").split()]
-            if names and all(constant[n] for n in names):
-                found.add("bias position")
-            elif any(constant[n] for n in names):
-                found.add("coefficient position")
-    return found
 
 
 def run_example(seed: int, check: Callable[..., Any] = check_properties) -> Tally:
@@ -277,9 +153,9 @@ def _smaller(architecture: Architecture) -> Iterator[Architecture]:
     count = len(architecture.inputs)
     size = len(architecture.statements)
     ends = [(i,) for i in range(count, count + size)]
-    cut = [_without_the_unread(replace(architecture, outputs=end)) for end in ends]
+    cut = [without_the_unread(replace(architecture, outputs=end)) for end in ends]
     bypassed = [
-        _without_the_unread(_bypass(architecture, place + count, read))
+        without_the_unread(_bypass(architecture, place + count, read))
         for place, s in reversed(list(enumerate(architecture.statements)))
         for read in dict.fromkeys(s.reads)
     ]
@@ -296,14 +172,7 @@ def _bypass(architecture: Architecture, value: int, instead: int) -> Architectur
     def swap(leaf: Any) -> Any:
         return Value(instead) if leaf == Value(value) else leaf
 
-    statements = tuple(
-        Statement(
-            s.target,
-            pytree.tree_map(swap, s.args),
-            tuple((k, pytree.tree_map(swap, v)) for k, v in s.kwargs),
-        )
-        for s in architecture.statements
-    )
+    statements = tuple(s.mapped(swap) for s in architecture.statements)
     outputs = tuple(instead if o == value else o for o in architecture.outputs)
     return replace(architecture, statements=statements, outputs=tuple(dict.fromkeys(outputs)))
 

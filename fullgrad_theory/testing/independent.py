@@ -11,7 +11,8 @@ linear in it (hypot, not a weight). A literal that reaches divisors alone is non
 
 This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
 residual with the library; it shares the traced graph and the rewritten module, which are what is
-judged, and the definition of completeness.
+judged, and the definition of completeness. Which calls of the rewritten module integrate from zero,
+so that f(0) is a leaf, is a matter of that module too: it is told by whoever edited it.
 """
 
 from __future__ import annotations
@@ -124,12 +125,20 @@ class Bound:
 
 
 class Tracker:
-    """Runs a module at several points at once, a value and a tangent for each."""
+    """Runs a module at several points at once, a value and a tangent for each.
+
+    `divisors`: nodes whose literals are no bias leaves; `from_zero`: those whose backward is an
+    integral, or a difference, from zero to their operands.
+    """
 
     def __init__(
-        self, module: fx.GraphModule, points: Sequence[Sequence[Any]], divisors: frozenset[str]
+        self,
+        module: fx.GraphModule,
+        points: Sequence[Sequence[Any]],
+        divisors: frozenset[str] = frozenset(),
+        from_zero: frozenset[str] = frozenset(),
     ) -> None:
-        self.module, self.divisors = module, divisors
+        self.module, self.divisors, self.from_zero = module, divisors, from_zero
         self.values: list[dict[fx.Node, Any]] = [{} for _ in points]
         self.tangents: list[dict[fx.Node, Any]] = [{} for _ in points]
         self.moving: set[fx.Node] = set()
@@ -413,8 +422,7 @@ class Tracker:
         self, node: fx.Node, bounds: list[Bound], item: int
     ) -> list[tuple[str, list[Tensor]]]:
         """f(0) of a rule that integrates from zero: the call with its live operands at zero."""
-        name = getattr(node.target, "__name__", "")
-        if not name.startswith(("secant", "integra")):
+        if node.name not in self.from_zero:
             return []
         moving = [
             p.index
@@ -619,13 +627,16 @@ def multiple(tangents: Sequence[Tensor], values: Sequence[Tensor]) -> Local:
 
 
 def evaluate(
-    module: fx.GraphModule, points: Sequence[Sequence[Any]], divisors: frozenset[str] = frozenset()
+    module: fx.GraphModule,
+    points: Sequence[Sequence[Any]],
+    divisors: frozenset[str] = frozenset(),
+    from_zero: frozenset[str] = frozenset(),
 ) -> tuple[Evaluation, Tracker]:
     """Whether the module's gradient is complete at (all of) the points; raises `Unjudged`.
 
-    `points`: flat inputs, float64. `divisors`: nodes whose literals are no bias leaves.
+    `points`: flat inputs, float64. `divisors`, `from_zero`: nodes, see `Tracker`.
     """
-    tracker = Tracker(module, points, divisors)
+    tracker = Tracker(module, points, divisors, from_zero)
     tracker.run()
     result = Evaluation({n.name: found for n, found in tracker.locals.items()})
     ends = [

@@ -128,13 +128,14 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         _forward_kept(balanced, model, inputs, architecture)
         mended = check_completeness(graph, policy=plan, beside=())
         labels = degrees(graph, plan.edits)
-        edited, tracker = evaluate(balanced.fx, points, divisors)
+        starts = from_zero(plan)
+        edited, tracker = evaluate(balanced.fx, points, divisors, starts)
         if edited.complete != _complete(mended):
             points = _points(architecture, model, many=True)
-            edited, tracker = evaluate(balanced.fx, points, divisors)
+            edited, tracker = evaluate(balanced.fx, points, divisors, starts)
         judged = edited
         if judged.complete and not _complete(mended):
-            judged, _ = evaluate(_perturbed(balanced.fx), points, divisors)
+            judged, _ = evaluate(_perturbed(balanced.fx), points, divisors, starts)
         # an input that the plan holds fixed is a note of the library's, no objection
         judged.unread = [name for name in judged.unread if name in plain.unread]
         _same_verdict(graph, mended, judged, tracker, "libra")
@@ -196,6 +197,11 @@ def _plainly(
     if divisors:
         found, tracker = evaluate(graph.fx, points, divisors)
     return found, tracker, divisors
+
+
+def from_zero(plan: Plan) -> frozenset[str]:
+    """The nodes whose backward a plan makes an integral, or a difference, from zero."""
+    return frozenset(e.node for e in plan.edits if isinstance(e, (Integrate, Secant)))
 
 
 def _complete(report: Report) -> bool:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..operators.algebra import Algebra
 from ..operators.registry import lookup, registered
-from .samples import _Draw, cases, overload
+from .sample_calls import _Draw, cases, overload
 
 Draw = Callable[[int, int], int]
 """draw(low, high): an integer of that closed interval"""
@@ -92,6 +92,11 @@ class Statement:
     @property
     def weights(self) -> tuple[int, ...]:
         return tuple(v.index for v in _leaves(self) if isinstance(v, Weight))
+
+    def mapped(self, change: Callable[[Any], Any]) -> Statement:
+        """The same call with every leaf changed."""
+        kwargs = tuple((name, pytree.tree_map(change, value)) for name, value in self.kwargs)
+        return Statement(self.target, pytree.tree_map(change, self.args), kwargs)
 
 
 def _leaves(statement: Statement) -> list[Any]:
@@ -346,9 +351,9 @@ class _Builder:
             target, _frozen(args), tuple((k, _frozen(v)) for k, v in kwargs.items())
         )
         given, named = pytree.tree_map(
-            self._runtime, (_lists(statement.args), dict(statement.kwargs))
+            self._runtime, (as_lists(statement.args), dict(statement.kwargs))
         )
-        given, named = tuple(given), {k: _lists(v) for k, v in named.items()}
+        given, named = tuple(given), {k: as_lists(v) for k, v in named.items()}
         try:
             value = overload(target)(*given, **named)
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
@@ -705,15 +710,16 @@ class _Builder:
             self.seed,
             open_batch,
         )
-        return _without_the_unread(program)
+        return without_the_unread(program)
 
 
 def _frozen(tree: Any) -> Any:
     return tuple(_frozen(e) for e in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def _lists(tree: Any) -> Any:
-    return [_lists(e) for e in tree] if isinstance(tree, (list, tuple)) else tree
+def as_lists(tree: Any) -> Any:
+    """Tuples as the lists that torch's operations are given."""
+    return [as_lists(e) for e in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def _outputs_of(value: Any) -> list[Tensor]:
@@ -735,7 +741,8 @@ def _sane(value: Any, found: Any) -> None:
 
 
 @cache
-def _positions(name: str) -> tuple[str, ...]:
+def argument_positions(name: str) -> tuple[str, ...]:
+    """The names of an operation's arguments, in order."""
     schema = getattr(overload(name), "_schema", None)
     return tuple(a.name for a in schema.arguments) if schema else ()
 
@@ -744,7 +751,7 @@ def _held(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
     """Leaves (in pytree's order) in which torch has no derivative."""
     held: set[int] = set()
     at = 0
-    for key, value in [*zip(_positions(name), args, strict=False), *kwargs.items()]:
+    for key, value in [*zip(argument_positions(name), args, strict=False), *kwargs.items()]:
         count = len(pytree.tree_leaves(value))
         if key in _HELD:
             held |= set(range(at, at + count))
@@ -752,7 +759,7 @@ def _held(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
     return held
 
 
-def _without_the_unread(program: Architecture) -> Architecture | None:
+def without_the_unread(program: Architecture) -> Architecture | None:
     """Drop statements, weights and inputs that no output depends on; None where no input is."""
     count = len(program.inputs)
     needed = set(program.outputs)
@@ -776,14 +783,7 @@ def _without_the_unread(program: Architecture) -> Architecture | None:
         program,
         inputs=inputs,
         weights=tuple(program.weights[w] for w in used),
-        statements=tuple(
-            Statement(
-                s.target,
-                pytree.tree_map(renumber, s.args),
-                tuple((k, pytree.tree_map(renumber, v)) for k, v in s.kwargs),
-            )
-            for s in kept
-        ),
+        statements=tuple(s.mapped(renumber) for s in kept),
         outputs=tuple(values[o] for o in program.outputs),
     )
 

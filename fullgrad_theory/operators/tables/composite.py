@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..algebra import Algebra
-from .rows import Table, rows
+from .row import Table, rows
 
 composite = rows(Algebra.COMPOSITE)
 

@@ -7,7 +7,7 @@ import math
 
 from .. import gates
 from ..algebra import Algebra, Role
-from .rows import Table, rows
+from .row import Table, rows
 
 zero_origin = rows(Algebra.ZERO_ORIGIN)
 elementwise = rows(Algebra.ELEMENTWISE)

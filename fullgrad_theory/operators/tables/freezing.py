@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import views
 from ..algebra import Algebra
-from .rows import Table, rows
+from .row import Table, rows
 
 freezing = rows(Algebra.FREEZING)
 factory = rows(Algebra.FACTORY)

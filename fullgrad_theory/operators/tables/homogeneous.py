@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import readers
 from ..algebra import Algebra, Role
-from .rows import Table, rows
+from .row import Table, rows
 
 homogeneous = rows(Algebra.HOMOGENEOUS)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import readers
 from ..algebra import Algebra, Role
-from .rows import Table, rows
+from .row import Table, rows
 
 affine = rows(Algebra.AFFINE)
 multilinear = rows(Algebra.MULTILINEAR)

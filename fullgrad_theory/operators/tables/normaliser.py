@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import norms, readers
 from ..algebra import Algebra
-from .rows import Table, rows
+from .row import Table, rows
 
 normaliser = rows(Algebra.NORMALISER)
 

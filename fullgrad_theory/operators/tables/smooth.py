@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import attention_form
 from ..algebra import Algebra, Role
-from .rows import Table, rows
+from .row import Table, rows
 
 smooth = rows(Algebra.SMOOTH)
 attention = rows(Algebra.ATTENTION)

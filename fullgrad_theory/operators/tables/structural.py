@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import views
 from ..algebra import Algebra, Role
-from .rows import Table, rows
+from .row import Table, rows
 
 structural = rows(Algebra.STRUCTURAL)
 

@@ -7,39 +7,26 @@ matrix of a linear map, and for results that carry no gradient.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import sympy as sp
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..operators.algebra import Algebra
-from ..operators.calls import Call, bind, target_name
-from ..operators.registry import lookup
-from ..operators.relations import Mode, Relation, parse_signature
-from .samples import Sample, call, overload
-
-if TYPE_CHECKING:
-    import sympy as sp
-
-    from ..graph.computation import ComputationGraph
-else:
-
-    class _Sympy:
-        """sympy, imported at first use: importing this library must not take its three seconds."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module("sympy"), name)
-
-    sp = _Sympy()
+from fullgrad_theory.graph.computation import ComputationGraph
+from fullgrad_theory.operators.algebra import Algebra
+from fullgrad_theory.operators.calls import Call, bind, target_name
+from fullgrad_theory.operators.registry import lookup
+from fullgrad_theory.operators.relations import Mode, Relation, parse_signature
+from fullgrad_theory.testing.sample_calls import Sample, call, overload
 
 Array = np.ndarray[Any, Any]
 Meaning = Callable[..., Any]

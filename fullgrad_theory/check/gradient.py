@@ -1,0 +1,80 @@
+"""The gradient of the whole traced graph under one cotangent, and what it attributes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backward.running import Run, finite_products, inner
+from ..errors import NonConvergenceWarning, NonFiniteError
+from . import words
+from .local import node_by_node
+from .numeric import aligned, float_leaves, gradients, paired
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class Shares:
+    """<c, f>, and what of it a gradient attributes: <x, G_x>, and <b, G_b> for each bias node."""
+
+    value: float
+    through_input: float
+    through_biases: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient by the graph's sources under `cotangents`, one an output.
+
+    `magnitude`: sum |c f|; `parts`: the sum of the contributions' magnitudes relative to it.
+    """
+
+    cotangents: list[Tensor]
+    gradients: list[Tensor]
+    shares: Shares
+    magnitude: float
+    parts: float
+    dtype: torch.dtype
+
+
+def traced_gradient(subject: Subject, inputs: list[Any]) -> Gradient | None:
+    """The gradient of the subject at flat inputs; None where the output is zero.
+
+    Raises `NonFiniteError` where the output is not finite, and names the first such node.
+    """
+    biases: dict[str, float] = {}
+    parts: list[float] = []
+
+    def on_bias(name: str, g: Tensor, added: Tensor) -> None:
+        biases[name] = biases.get(name, 0.0) + inner(g, added)
+        parts.append(_size(g, added))
+
+    run = Run(subject.module, subject.graph, subject.labels, on_bias)
+    with torch.enable_grad(), warnings.catch_warnings():
+        # reported node by node, and by the residual
+        warnings.simplefilter("ignore", NonConvergenceWarning)
+        outputs = float_leaves(run.run(*inputs, enable_io_processing=False))
+        cotangents = [aligned(o, subject.seed) for o in outputs]
+        pairs = zip(cotangents, outputs, strict=True)
+        magnitude = sum(float((c * o.detach()).abs().sum()) for c, o in pairs)
+        if magnitude == 0.0:
+            return None
+        value = paired(cotangents, outputs)
+        if not torch.isfinite(value.detach()):
+            node_by_node(subject, inputs)  # names the first node
+            raise NonFiniteError(words.INFINITE_OUTPUT)
+        sources = list(run.sources.values())
+        grads = gradients(value, sources)
+    through_input = sum(inner(g, x) for g, x in zip(grads, sources, strict=True))
+    parts += [_size(g, x) for g, x in zip(grads, sources, strict=True)]
+    shares = Shares(float(value.detach()), through_input, biases)
+    return Gradient(cotangents, grads, shares, magnitude, sum(parts) / magnitude, value.dtype)
+
+
+def _size(g: Tensor, value: Tensor) -> float:
+    return float(finite_products(g.detach(), value.detach()).abs().sum())

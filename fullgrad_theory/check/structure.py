@@ -1,0 +1,162 @@
+"""What the graph alone shows: every node by the lemma of its class, and what is not reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..edits.folding import fold
+from ..edits.kinds import Edit
+from ..edits.policy import Policy
+from ..errors import NonFiniteError, NoPlanError
+from ..graph.computation import ComputationGraph
+from ..operators.algebra import Algebra, Role
+from ..operators.calls import is_ray
+from ..operators.registry import has_role, record_of
+from ..plan.derivation import derive_rules
+from ..plan.labelling import Degrees, degrees
+from ..plan.liveness import State
+from ..plan.measuring import Measured
+from ..plan.plan import Plan
+from . import words
+from .report import FINE, Verdict
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is known of a node, and why."""
+
+    verdict: Verdict
+    reason: str
+
+    @property
+    def fine(self) -> bool:
+        return self.verdict in FINE
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A graph under a plan, judged by lemmas alone.
+
+    `graph`: with the plan's regions folded; `labels` its degrees under the plan. `mending`: the
+    plan in force, or, for a gradient as it is, the one that would mend it, where there is one.
+    `judgements`: of every live node that a gradient path leads from, in graph order.
+    """
+
+    graph: ComputationGraph
+    plan: Plan | None
+    policy: str | None
+    labels: Degrees
+    mending: Plan | None
+    judgements: Mapping[str, Judgement]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """What is written into the graph."""
+        return self.plan.edits if self.plan else ()
+
+
+def structure_of(graph: ComputationGraph, policy: str | Policy | Plan | None) -> Structure:
+    """Derive the plan, label the graph under it, and judge each node.
+
+    That no plan exists is a problem of the structure. Raises `NonFiniteError` where an input or a
+    parameter is not finite, and what `degrees` raises.
+    """
+    _refuse_infinite_leaves(graph)
+    unedited = degrees(graph)
+    plan, obstacle = _plan(graph, policy)
+    edits = plan.edits if plan else ()
+    folded = fold(graph, edits)
+    labels = degrees(folded, edits, unedited.live if folded is graph else None)
+    to_mend = plan is None and unedited.findings
+    mending, no_mend = _plan(graph, "libra") if to_mend else (plan, None)
+    judged = [n for n in folded.nodes if n in labels.live.calls and n in labels.alive]
+    unreached = [source for source in labels.live.sources if source not in labels.alive]
+    return Structure(
+        folded,
+        plan,
+        plan.policy if plan else None if policy is None else str(policy),
+        labels,
+        mending,
+        {name: _judgement(labels, name) for name in judged},
+        problems=(
+            *([words.no_plan(obstacle)] if obstacle else []),
+            *_output_problems(folded, labels),
+            *(words.unreaching_input(s) for s in unreached if s not in unedited.alive),
+        ),
+        notes=(
+            *([words.no_mend(no_mend)] if no_mend else []),
+            *_black_boxes(folded, labels, judged),
+            *(words.held_input(s) for s in unreached if s in unedited.alive),
+        ),
+    )
+
+
+def _plan(
+    graph: ComputationGraph, policy: str | Policy | Plan | None
+) -> tuple[Plan | None, NoPlanError | None]:
+    """The plan of a policy, or what stands in its way."""
+    if policy is None or isinstance(policy, Plan):
+        return policy, None
+    try:
+        return derive_rules(graph, policy=policy), None
+    except NoPlanError as error:
+        return None, error
+
+
+def _judgement(labels: Degrees, name: str) -> Judgement:
+    finding, operator = labels.findings.get(name), labels.live.calls[name].operator
+    measured = operator if isinstance(operator, Measured) else None
+    if finding and measured and measured.contradiction and not finding.opaque:
+        return Judgement(Verdict.UNKNOWN, words.contradiction(measured.contradiction))
+    if finding:
+        return Judgement(Verdict.OPAQUE if finding.opaque else Verdict.VIOLATED, finding.reason)
+    if measured:
+        return Judgement(Verdict.NUMERIC, measured.note)
+    # that an integral exists is proved, that it was found is measured
+    lemma = operator.proved and labels.modes[name].edit != "integrate"
+    return Judgement(Verdict.PROVED if lemma else Verdict.NUMERIC, operator.kind.lemma)
+
+
+def _black_boxes(graph: ComputationGraph, labels: Degrees, judged: Iterable[str]) -> Iterator[str]:
+    for name in judged:
+        operator = labels.live.calls[name].operator
+        if isinstance(operator, Measured):
+            yield words.black_box(graph.describe(name), operator.note)
+
+
+def _output_problems(graph: ComputationGraph, labels: Degrees) -> Iterator[str]:
+    for output in graph.outputs:
+        if output.name not in labels.alive:
+            constant = labels.facts[output.name][0].state is State.CONSTANT
+            yield words.unreached_output(graph.describe(output.name), constant)
+        head = _producer(output)
+        if has_role(head, Role.PROBABILITY):
+            yield words.probability(graph.describe(head.name))
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    """The operation behind an output, past the structural ones."""
+    while len(node.all_input_nodes) == 1:
+        record = record_of(node)
+        if record is None or record.algebra is not Algebra.STRUCTURAL:
+            return node
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _refuse_infinite_leaves(graph: ComputationGraph) -> None:
+    if graph.is_meta:
+        return
+    values = pytree.tree_leaves((graph.args, graph.kwargs))
+    inputs = [(p.name, v) for p, v in zip(graph.placeholders, values, strict=False)]
+    for kind, leaves in (("input", inputs), ("parameter", graph.fx.named_parameters())):
+        for name, tensor in leaves:
+            if is_ray(tensor) and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(words.infinite_leaf(kind, name))

@@ -1,0 +1,172 @@
+"""What a check says to people: problems, notes, reasons and errors. `where` is a node described."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+import torch
+
+# --------------------------------------------------------------------------- the structure
+
+NO_VALUES = "meta tensors have no values: the verdict is structural"
+
+
+def no_plan(error: Exception) -> str:
+    return f"no honest plan: {error}"
+
+
+def no_mend(error: Exception) -> str:
+    return f"libra has no plan for this graph: {error}"
+
+
+def black_box(where: str, note: str) -> str:
+    return f"{where} is a black box, {note}"
+
+
+def contradiction(said: str) -> str:
+    return f"its measurement contradicts itself: {said}"
+
+
+def unreached_output(where: str, constant: bool) -> str:
+    what = "is constant" if constant else "carries no gradient"
+    return f"the input does not reach output {where}: it {what}"
+
+
+def probability(where: str) -> str:
+    return (
+        f"the output is a probability ({where}): completeness is a statement about logits; check "
+        "the model without that head"
+    )
+
+
+def held_input(name: str) -> str:
+    return (
+        f"input {name!r} is held fixed by the plan, as a gate or a weight is: nothing is "
+        "attributed to it"
+    )
+
+
+def unreaching_input(name: str) -> str:
+    return f"input {name!r} does not reach the output"
+
+
+# --------------------------------------------------------------------------- node by node
+
+UNCONVERGED = "the integral along its ray from 0 did not converge"
+NO_WITNESS = " (no witness at these inputs)"
+JUDGED_AS_A_WHOLE = "its backward is modified; judged end to end only"
+
+
+def unconverged(where: str, error: float) -> str:
+    return (
+        f"{where}: {UNCONVERGED} (residual {error:.1e}): a kink or a step on the ray; forbid it "
+        "with dataclasses.replace(policy, integrate=None), so that something is pruned"
+    )
+
+
+def lemma_missed(where: str, error: float) -> str:
+    if isfinite(error):
+        missed = f"its lemma says consistent, its backward misses by {error:.1e}; an error of this"
+        return f"{where}: {missed} library, please report it"
+    return (
+        f"{where}: its gradient is not finite at these inputs (infinity times zero, as of a square "
+        "root at 0), so nothing adds up behind it"
+    )
+
+
+# --------------------------------------------------------------------------- end to end
+
+ZERO_OUTPUT = "the output is zero even at perturbed parameters: nothing to judge"
+ZERO_AT_OWN_PARAMETERS = (
+    "the output is zero at the model's own parameters; judged at perturbed ones"
+)
+UNDETERMINED = (
+    "the gradient is not finite (a root of 0, say): infinity times zero is undetermined, and "
+    "nothing adds up; clamp the value away from there"
+)
+UNEXPLAINED = (
+    "every node is consistent and the whole is not: an error of this library or a backward that "
+    "the trace does not show; please report it"
+)
+MODIFIED = (
+    "the model's own gradient is not that of its traced graph: its backward is modified (an "
+    "autograd.Function, a hook, a patch); it was judged as it is, end to end, and the nodes' "
+    "verdicts are of the trace"
+)
+OWN_DTYPE = (
+    "the model does not run in float64 (it makes or holds tensors of a fixed dtype): its own "
+    "gradient was compared with the traced one in its own dtype"
+)
+FAST_PATH = (
+    "without gradients the model takes torch's fast path for attention, which rounds differently; "
+    "the edited forward is the model's without that path, bit for bit"
+)
+FORWARD_DIFFERS = "the edited forward differs from the model's: an error of this library"
+
+
+def small_share(share: float) -> str:
+    return (
+        f"the input gets {share:.1e} of the output, the biases the rest: the sum is right, and the "
+        "input's part of it explains next to nothing"
+    )
+
+
+def misses(error: float) -> str:
+    return f"end to end the attributed sum misses the output by {error:.2e} of it"
+
+
+def rounding(parts: float) -> str:
+    return (
+        f"which is rounding: its parts are {parts:.0e} times the output and cancel, so that too "
+        "few digits are left to judge it; choose other inputs"
+    )
+
+
+def layout_fault(where: str) -> str:
+    return (
+        f"{where}: torch's backward of it gives other numbers where the same cotangent lies in "
+        "memory otherwise, as it does here; .contiguous() on its result, or a batch of two, goes "
+        "around that fault"
+    )
+
+
+def refused(dtype: torch.dtype, error: Exception) -> str:
+    return f"it does not run in {dtype_name(dtype)}: {_first_line(error)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --------------------------------------------------------------------------- errors
+
+INFINITE_OUTPUT = "the output is not finite"
+
+
+def infinite_leaf(kind: str, name: str) -> str:
+    return (
+        f"{kind} {name!r} holds NaN or Inf; completeness is a statement about finite values, so "
+        "mend it first (torch.nan_to_num, or load the weights again)"
+    )
+
+
+def infinite_value(where: str) -> str:
+    return (
+        f"{where} is the first node whose value is not finite; look at what it divides by or takes "
+        "the logarithm of at these inputs"
+    )
+
+
+def no_gradient(error: Exception) -> str:
+    return f"the model has no gradient: {error}"
+
+
+def does_not_run(model: str, error: Exception) -> str:
+    return (
+        f"{model} does not run in float64 with gradients ({type(error).__name__}: "
+        f"{_first_line(error).strip()}); numeric=False judges it by its structure alone"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")

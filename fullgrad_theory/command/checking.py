@@ -1,0 +1,73 @@
+"""`check` and `derive`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+
+from ..bars import progress
+from ..check.completeness import check_completeness
+from ..check.formats import to_junit, to_sarif
+from ..check.report import Report
+from ..graph.door import definition
+from ..plan.derivation import derive_rules
+from .making import Chosen, create, inputs_of
+from .options import Unknown
+from .page import judging, show
+from .target import file_of
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a report is written, besides the terminal."""
+
+    json: Path | None = None
+    sarif: Path | None = None
+    junit: Path | None = None
+
+    def write(self, report: Report, defined: str, category: str) -> None:
+        """`defined`: the file and line of the model; `category`: of the analysis, for SARIF."""
+        if self.json is not None:
+            self.json.write_text(report.to_json() + "\n", encoding="utf-8")
+        if self.sarif is not None:
+            text = to_sarif(report, defined=defined, category=category)
+            self.sarif.write_text(text + "\n", encoding="utf-8")
+        if self.junit is not None:
+            self.junit.write_text(to_junit(report) + "\n", encoding="utf-8")
+
+
+def check(chosen: Chosen, policy: str | None, numeric: bool, unknown: Unknown, files: Files) -> int:
+    """Check, write and print; the exit code."""
+    name = chosen.name
+    category = f"{name}/{policy or 'plain'}"  # the same whether it could be judged or not
+
+    def unjudged(why: str) -> None:  # or the files of an earlier run would speak for this one
+        files.write(Report.unjudged(name, policy, why), file_of(name), category)
+
+    with judging(unjudged):
+        model = create(chosen)
+        given = inputs_of(model, chosen)
+        report = check_completeness(model, given, policy=policy, numeric=numeric, unknown=unknown)
+    with judging():
+        files.write(report, definition(model) or file_of(name), category)
+    show(report if sys.stdout.isatty() else Text(str(report)))
+    return report.exit_code
+
+
+def derive(
+    chosen: Chosen, policy: str, alternatives: int, unknown: Unknown, save: Path | None
+) -> None:
+    """Derive a plan, write and print it."""
+    with judging():
+        model = create(chosen, otherwise="meta")
+        given = inputs_of(model, chosen)
+        with progress("deriving"):
+            plan = derive_rules(
+                model, given, policy=policy, alternatives=alternatives, unknown=unknown
+            )
+        if save is not None:
+            plan.save(save)
+    show(Text(str(plan)))

@@ -1,0 +1,162 @@
+"""Options that several commands share, and what is refused at the door. Needs no torch by itself.
+
+What only torch can tell (a device, a dtype, a method's name) is asked of it when the option is
+given, never for a `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import FullgradError, InputError, unknown_name
+from .shapes import Shape
+
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+"""of pictures, by the end of the file's name"""
+
+
+class Unknown(StrEnum):
+    """What becomes of an operation that nobody registered."""
+
+    ERROR = "error"
+    MEASURE = "measure"
+
+
+class Dtype(StrEnum):
+    """The dtypes a model may be cast to."""
+
+    FLOAT64 = "float64"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+# --------------------------------------------------------------------------- the door
+
+
+def fits_policy(name: str | None) -> str | None:
+    """A policy's name."""
+    if name is not None:
+        from ..edits.published import policy
+
+        try:
+            policy(name)
+        except FullgradError as error:
+            raise typer.BadParameter(str(error)) from None
+    return name
+
+
+def fit_policies(names: list[str]) -> list[str]:
+    """Names of policies, each once."""
+    return [name for name in dict.fromkeys(names) if fits_policy(name)]
+
+
+def fit_methods(names: list[str]) -> list[str]:
+    """Names of methods, each once."""
+    from ..attribution.methods import METHODS
+
+    for name in names:
+        if name not in METHODS:
+            raise typer.BadParameter(str(unknown_name("method", name, METHODS)))
+    return list(dict.fromkeys(names))
+
+
+def fits_device(name: str | None) -> str | None:
+    """A device that torch sees here."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(f"{name!r} is no device; try cpu, cuda or meta") from None
+    if device.type in ("cpu", "meta"):
+        return name
+    backend = getattr(torch, device.type, None)
+    count = backend.device_count() if backend and backend.is_available() else 0
+    if (device.index or 0) >= count:
+        raise typer.BadParameter(f"torch sees {count} {device.type} devices here; try --device cpu")
+    return name
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that can be written."""
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {str(path.parent)!r} does not exist; make it first")
+    if path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{str(path)!r} cannot be written")
+    return path
+
+
+def fits_picture(path: Path) -> Path:
+    """A file that can be written, in one of `FORMATS`."""
+    if path.suffix.lower() not in FORMATS:
+        raise typer.BadParameter(f"{path.name!r}: name a file that ends in {', '.join(FORMATS)}")
+    return writable(path) or path
+
+
+def fits_folder(path: Path | None) -> Path | None:
+    """A folder, or what may become one."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a file; name a folder")
+    return path
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+# --------------------------------------------------------------------------- options
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A timm model (vit_tiny_patch16_224), or one of your own: package.module:attribute or "
+        "path/to/file.py:attribute. The attribute is an nn.Module, or a class or a function that "
+        "makes one without arguments; eval() is called on it. Any other function is itself what "
+        "is traced, and needs --input."
+    ),
+]
+Inputs = Annotated[
+    list[Shape] | None,
+    typer.Option(
+        "--input",
+        parser=_shape,
+        metavar="SHAPE[:DTYPE]",
+        help="The shape of an argument of forward(), 1,3,224,224; once for each of them. Values "
+        "are seeded: normal, or, where a dtype says integers or bool (2,16:int64), from {0, 1}.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="A local checkpoint; else random weights."),
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download its weights.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        callback=fits_device,
+        help="cpu, cuda, ...; meta for structure alone. Your own model stays where it is by default"
+        " and is moved there after it is made.",
+    ),
+]
+As = Annotated[
+    Dtype | None,
+    typer.Option(help="Cast the model; residuals are taken in float64 anyway."),
+]
+IfUnknown = Annotated[
+    Unknown, typer.Option(help="Operations nobody registered: an error, or measured.")
+]
