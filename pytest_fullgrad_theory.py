@@ -1,7 +1,7 @@
 """The pytest plugin of fullgrad_theory: the fixture `fgt_complete` and the option `--fgt-report`.
 
-It stands beside the package, since to import a module from inside it is to import torch: whoever
-has the plugin installed pays for that in the first test that uses it.
+It imports the package, and so torch, in the first test that uses it: whoever has the plugin
+installed pays for nothing before.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ from .check.report import IncompleteError as IncompleteError
 from .check.report import NodeReport as NodeReport
 from .check.report import Report as Report
 from .check.report import Verdict as Verdict
+from .edits.costs import Policy as Policy
+from .edits.costs import policies as policies
+from .edits.costs import policy as policy
 from .edits.kinds import FreezeScale as FreezeScale
 from .edits.kinds import Integrate as Integrate
 from .edits.kinds import Prune as Prune
 from .edits.kinds import Scale as Scale
 from .edits.kinds import Secant as Secant
-from .edits.policy import Policy as Policy
-from .edits.published import policies as policies
-from .edits.published import policy as policy
 from .errors import FullgradError as FullgradError
 from .graph.computation import ComputationGraph as ComputationGraph
 from .graph.tracing import trace as trace

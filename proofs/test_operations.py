@@ -43,6 +43,7 @@ def residuals(name: str) -> tuple[sp.Expr, ...]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CARRYING)
 def test_lemma(name: str) -> None:
     """Its residual is identically 0: this is what `proved` in its record means."""
@@ -63,6 +64,7 @@ def test_gradientless_results_are_locally_constant(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_ledger() -> None:
     """Every record says `proved` that is judged by the tests above, and no other."""
     assert {o.name for o in registered() if o.proved} == set(NAMES)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from fullgrad_theory.backward.balanced import balance
 from fullgrad_theory.edits.base import Edit
-from fullgrad_theory.edits.policy import Policy
+from fullgrad_theory.edits.costs import Policy, policies, policy
 from fullgrad_theory.edits.pruning import Prune
-from fullgrad_theory.edits.published import policies, policy
 from fullgrad_theory.errors import InputError, NoPlanError, PolicyError, UnknownNameError
 from fullgrad_theory.graph.computation import ComputationGraph
 from fullgrad_theory.graph.tracing import trace
@@ -97,6 +96,7 @@ def judged(graph: ComputationGraph, plan: Plan) -> None:
         assert degrees(graph, [e for e in plan if e != edit]).findings, (str(plan), edit)
 
 
+@pytest.mark.slow
 def test_alternatives_of_a_block() -> None:
     graph = trace(nn.Sequential(Block(False), Block(False)).eval(), torch.randn(2, 5, 8))
     best = derive_rules(graph)
@@ -134,6 +134,7 @@ def gradient(graph: ComputationGraph, edits: list[Edit] | tuple[Edit, ...]) -> T
     return grad
 
 
+@pytest.mark.slow
 def test_brute_force_finds_no_other_plan() -> None:
     """All minimal complete sets of edits up to some cost have the gradient of a plan found."""
     rng = random.Random(3)
@@ -164,6 +165,7 @@ def test_brute_force_finds_no_other_plan() -> None:
     assert compared >= 15 and several >= 4, (compared, several)
 
 
+@pytest.mark.slow
 def test_the_limit_is_named_and_what_was_found_is_kept() -> None:
     def cell(x: Tensor) -> Tensor:
         h = torch.tanh(lin(x))

@@ -261,6 +261,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[dict[str, Map], Reference]:
     return fast, Reference(model, x, target, policy == "libra")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENT)
 def test_a_method_is_its_definition(name: str, pair: tuple[dict[str, Map], Reference]) -> None:
     fast, slow = pair
@@ -335,6 +336,7 @@ class SlowSwin:
         return full
 
 
+@pytest.mark.slow
 def test_blocks_of_windows_and_of_later_stages() -> None:
     model, x, graph = traced("swin")
     fast = Explainer(graph)(x, ["hirescam", "embedding-x-gradient", "gradcam+"], 2)
@@ -393,6 +395,7 @@ def test_attention_in_windows() -> None:
     torch.testing.assert_close(fast["genatt"].values, carried(mixed, 1.0))
 
 
+@pytest.mark.slow
 def test_a_windows_biases_are_put_where_they_lie() -> None:
     """`fullgrad`'s maps, each of its node's shape, put back by timm's window_reverse."""
     model, x = shaken(swin((56, 56))), images(2, 3, 56, 56)
@@ -478,6 +481,7 @@ def traced(name: str) -> tuple[nn.Module, Tensor, fgt.ComputationGraph]:
     return model, x, fgt.trace(model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(name: str) -> None:
     """Grids, completeness, batches, and which methods apply."""
@@ -510,6 +514,7 @@ def test_every_architecture(name: str) -> None:
     assert bool((plain.error < 1e-10).all()) == (name == "resnet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "gmixer", "resnet"])
 def test_single_precision_and_a_model_that_is_left_alone(name: str) -> None:
     build, size, _ = ARCHITECTURES[name]
@@ -642,6 +647,7 @@ def test_all_gradient_methods_share_one_forward_and_one_backward() -> None:
     assert (counted.forward, counted.backward) == (1, 0)
 
 
+@pytest.mark.slow
 def test_the_one_shot_form_and_inference_mode() -> None:
     model, x = shaken(vit(depth=1)), images(2, 3, 32, 48)
     with torch.inference_mode():
@@ -654,6 +660,7 @@ def test_the_one_shot_form_and_inference_mode() -> None:
 # --------------------------------------------------------------------------- sampled methods
 
 
+@pytest.mark.slow
 def test_integrated_gradients_by_quadrature_by_hand() -> None:
     model, x = shaken(vit(depth=1)), images(2, 3, 32, 48)
     found = explain(model, x, "integrated-gradients", target=[1, 2])
@@ -761,6 +768,7 @@ UNTILED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", UNTILED)
 def test_places_where_cells_do_not_tile_the_image(what: str) -> None:
     """What is pooled has no place, and what has one is not cut off."""
@@ -781,6 +789,7 @@ def test_places_where_cells_do_not_tile_the_image(what: str) -> None:
     assert all(path != "7" for path in explainer.blocks)  # the classifier is no block
 
 
+@pytest.mark.slow
 def test_a_layer_on_2_by_2_cells_that_reach_over_the_image() -> None:
     """Of 48 pixels strides of 32 make two cells, of which the second is cut."""
     model = shaken(timm.create_model("resnet18", num_classes=5))
@@ -792,6 +801,7 @@ def test_a_layer_on_2_by_2_cells_that_reach_over_the_image() -> None:
 # --------------------------------------------------------------------------- errors
 
 
+@pytest.mark.slow
 def test_an_index_before_the_logits_is_not_explained() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -20,6 +20,8 @@ import fullgrad_theory as fgt
 from fullgrad_theory.attribution import METHODS, Explainer
 from fullgrad_theory.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 GRADIENT = [name for name, method in METHODS.items() if method.function is not None]
 ATTENTION = ["attcat", "genatt", "tokentm", "legrad", "raw-attention", "rollout"]
 ON_STREAM = ["attcat", "genatt", "tokentm", "rollout"]

@@ -350,6 +350,7 @@ def test_vmap_and_batched_cotangents():
     torch.testing.assert_close(batched[7], one)
 
 
+@pytest.mark.slow
 def test_compile_fullgraph():
     x, w = (
         torch.randn(2, 3, 4, **DOUBLE).requires_grad_(),

@@ -16,6 +16,7 @@ from fullgrad_theory.backward.balanced import rewrite
 from fullgrad_theory.errors import InputError, PlanError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_forward_is_bitwise_equal(name: str, dtype: torch.dtype) -> None:
@@ -41,6 +42,7 @@ def test_forward_is_bitwise_equal_under_autocast(name: str) -> None:
     assert torch.isfinite(g).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_plain_autograd_confirms_completeness(name: str) -> None:
     """Shares no code with the checker: with every additive parameter zeroed <x, grad> is the
@@ -84,6 +86,7 @@ def test_plain_autograd_confirms_completeness(name: str) -> None:
     assert through_input == pytest.approx(logit, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_users_model_is_untouched() -> None:
     model, x = small("vit")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -112,6 +115,7 @@ def test_the_users_model_is_untouched() -> None:
     assert shared <= set(identities.values())
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break() -> None:
     model, x = small("vit")
     balanced = fgt.balance(model, x)
@@ -122,6 +126,7 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pickles_and_copies() -> None:
     model, x = small("eva")
     balanced = fgt.balance(model, x)

@@ -39,6 +39,7 @@ CULPRITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_transformers_and_mixers(name: str) -> None:
     model, x = small(name)
@@ -72,6 +73,7 @@ def test_transformers_and_mixers(name: str) -> None:
     assert all(n.error is not None and n.error < 1e-10 for n in libra.nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet10t", "test_vgg", "test_convmixer"])
 def test_convolutional_nets(name: str) -> None:
     torch.manual_seed(0)
@@ -93,6 +95,7 @@ def test_convolutional_nets(name: str) -> None:
         assert len(fgt.derive_rules(model, torch.randn(1, 3, 64, 64))) == 0
 
 
+@pytest.mark.slow
 def test_audits_an_architecture_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224", depth=3).eval()
@@ -109,6 +112,7 @@ def test_a_balanced_model_is_judged_by_its_plan() -> None:
     assert report.policy == "libra"
 
 
+@pytest.mark.slow
 def test_a_plan_is_a_policy_and_a_lost_edit_is_found() -> None:
     model, x = small("eva")
     plan = fgt.derive_rules(model, x)
@@ -120,6 +124,7 @@ def test_a_plan_is_a_policy_and_a_lost_edit_is_found() -> None:
         assert lost.node in {n.name for n in report.nodes if n.verdict not in SOUND}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [p.name for p in fgt.policies()])
 def test_every_policy_says_the_truth_about_itself(policy: str) -> None:
     model, x = small("eva")
@@ -139,6 +144,7 @@ def test_the_two_ways_disagreeing_is_an_error_of_the_library(monkeypatch) -> Non
     assert {n.op for n in report.nodes if n.verdict is Verdict.UNKNOWN} == {"aten.gelu.default"}
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_is_found(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     right = scaling.scale
     monkeypatch.setattr(scaling, "scale", lambda x, factor: right(x, factor * 1.001))
@@ -277,6 +283,7 @@ def test_low_precision_inside_the_model_does_not_limit_the_audit() -> None:
     assert report.error < 1e-10
 
 
+@pytest.mark.slow
 def test_raise_json_and_determinism() -> None:
     model, x = small("vit")
     one, two = (fgt.check_completeness(model, x) for _ in range(2))

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from fullgrad_theory.check.report import Report
 from fullgrad_theory.command import checking, cli
 from fullgrad_theory.command.shapes import Shape, draw
-from fullgrad_theory.edits.published import policies
+from fullgrad_theory.edits.costs import policies
 from fullgrad_theory.errors import TraceError
 from fullgrad_theory.operators import registered
 from fullgrad_theory.plan.plan import Plan
@@ -44,6 +44,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "create", never)
 
 
+@pytest.mark.slow
 def test_an_incomplete_model(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     result = invoke("check", "test_vit", "--json", file)
@@ -59,6 +60,7 @@ def test_an_incomplete_model(tmp_path: Path) -> None:
     assert str(report).splitlines()[0] == first
 
 
+@pytest.mark.slow
 def test_a_policy_completes_it() -> None:
     result = invoke("check", "test_vit", "--policy", "libra")
     assert result.exit_code == 0, result.output
@@ -66,11 +68,13 @@ def test_a_policy_completes_it() -> None:
     assert "\nplan\n" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_relu_network_is_complete_as_it_is() -> None:
     result = invoke("check", "test_resnet")
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_structure_alone() -> None:
     for option in (["--no-numeric"], ["--device", "meta"]):
         result = invoke("check", "test_vit", *option)
@@ -78,6 +82,7 @@ def test_structure_alone() -> None:
         assert "nothing was measured" in result.stdout.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_local_weights(tmp_path: Path) -> None:
     model = timm.create_model("test_vit")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -89,6 +94,7 @@ def test_local_weights(tmp_path: Path) -> None:
     assert "others.pt" in said(result) and "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_derive(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = invoke("derive", "test_vit", "--save", file)
@@ -98,6 +104,7 @@ def test_derive(tmp_path: Path) -> None:
     assert f"{len(plan)} edits" in result.stdout
 
 
+@pytest.mark.slow
 def test_derive_alternatives(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = invoke("derive", "test_vit", "--alternatives", "2", "--save", file)
@@ -158,6 +165,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "cannot be written" in said(result)
 
 
+@pytest.mark.slow
 def test_an_unknown_model_is_named_with_its_neighbours() -> None:
     result = invoke("check", "vit_tiny_patch16_225")
     assert result.exit_code == 2
@@ -190,6 +198,7 @@ def test_exit_codes(complete: bool | None, code: int, monkeypatch: pytest.Monkey
     assert invoke("check", "test_vit").exit_code == code
 
 
+@pytest.mark.slow
 def test_the_installed_command(tmp_path: Path) -> None:
     """As a process of its own: stdout and stderr apart, no colour in a pipe."""
     done = subprocess.run(

@@ -19,6 +19,8 @@ from fullgrad_theory import Algebra, Verdict
 from fullgrad_theory.errors import PlanError, UnregisteredOperationError
 from fullgrad_theory.operators import registry
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
 

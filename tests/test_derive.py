@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullgrad_theory.edits.base import Edit
+from fullgrad_theory.edits.costs import Policy, policies, policy
 from fullgrad_theory.edits.kinds import OWN
-from fullgrad_theory.edits.policy import Policy
 from fullgrad_theory.edits.pruning import Prune
-from fullgrad_theory.edits.published import policies, policy
 from fullgrad_theory.edits.scaling import Scale
 from fullgrad_theory.errors import NoPlanError, UnknownNameError
 from fullgrad_theory.graph.computation import ComputationGraph
@@ -334,6 +333,7 @@ def test_every_policy_has_its_expectation() -> None:
     assert all(p.description and p.source for p in policies())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_policies_on_a_block(fused: bool) -> None:
     graph = trace(Block(fused).eval(), torch.randn(2, 5, 8))
@@ -351,6 +351,7 @@ def test_the_edits_come_in_graph_order() -> None:
     assert order == sorted(order)
 
 
+@pytest.mark.slow
 def test_a_partial_policy_always_has_a_plan() -> None:
     for model, _, _ in list(OBSTACLES.values())[:-1]:
         for entry in policies():
@@ -375,6 +376,7 @@ def on_meta(name: str) -> ComputationGraph:
     return trace(model)
 
 
+@pytest.mark.slow
 def test_a_vit_is_integrated_without_a_prune() -> None:
     with torch.device("meta"):
         graph = trace(timm.create_model("vit_tiny_patch16_224").eval())
@@ -391,6 +393,7 @@ MODELS: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_without_weights(name: str) -> None:
     graph = on_meta(name)
@@ -400,6 +403,7 @@ def test_models_without_weights(name: str) -> None:
     assert derive_rules(graph) == plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "complete"),
     [
@@ -425,6 +429,7 @@ print(plan.fingerprint, *plan, sep="\\n")
 """
 
 
+@pytest.mark.slow
 def test_another_process_derives_the_same_plan(capsys: pytest.CaptureFixture[str]) -> None:
     exec(_ELSEWHERE, {})
     here = capsys.readouterr().out
@@ -538,6 +543,7 @@ def is_complete(graph: ComputationGraph, edits: list[Edit]) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_no_cheaper_set_of_edits_exists() -> None:
     """An independent slow search: every cheaper set of edits leaves a finding."""
     rng = random.Random(3)

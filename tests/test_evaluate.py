@@ -253,6 +253,7 @@ def test_no_forward_more_than_the_metrics_need() -> None:
     assert sum(model.seen) - trial == 5  # no metric reads curves
 
 
+@pytest.mark.slow
 def test_masks_meet_maps_where_their_tokens_lie() -> None:
     """Of 36 x 36 pixels 4 x 4 patches of 8 cover 32 x 32; a stretched map would be off by 4."""
     given = [s for s in samples(size=36) if s.mask is not None]
@@ -490,6 +491,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_numbers_of_one(tmp_path: Path) -> None:
     """And where one of them fails, the other does not wait for ever."""
     script = tmp_path / "script.py"
@@ -525,6 +527,7 @@ def test_two_processes_have_the_numbers_of_one(tmp_path: Path) -> None:
 # ----------------------------------------------------------- the library's own explainer
 
 
+@pytest.mark.slow
 def test_the_own_explainer_and_what_libra_does_to_completeness() -> None:
     model, given = Counting().vit, samples(3)
     results = evaluate(model, given, METHODS, batch_size=3)

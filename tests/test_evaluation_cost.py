@@ -10,6 +10,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
+@pytest.mark.slow
 def test_the_passes_that_are_run_are_no_more_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXPERIMENTS)
     cost = importlib.import_module("evaluation_cost")

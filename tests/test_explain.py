@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.command import picture
+from fullgrad_theory.command.target import load
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.errors import InputError
 
@@ -44,6 +45,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.slow
 def test_methods_and_policies_in_one_picture(image: Path) -> None:
     methods = ("--method", "fullgrad", "--method", "genatt")
     code, said = run(
@@ -63,6 +65,7 @@ def test_methods_and_policies_in_one_picture(image: Path) -> None:
         assert len(drawn.convert("RGB").getcolors(2**24) or []) > 1000  # not a blank sheet
 
 
+@pytest.mark.slow
 def test_a_timm_model(image: Path) -> None:
     code, said = run(image, "--model", "test_vit", "-o", "maps.pdf")
     assert code == 0, said
@@ -72,9 +75,7 @@ def test_a_timm_model(image: Path) -> None:
 
 def test_the_picture_shows_what_the_maps_say(image: Path) -> None:
     """Scales are symmetric about 0, and a map's cells cover the image that the model saw."""
-    from own import build  # type: ignore[import-not-found]
-
-    model = build().eval()
+    model = load("own.py:build")
     example = torch.zeros(1, 3, 32, 48)
     seen = picture.see(picture.read(image), model, example)
     assert seen.pixels.shape == example.shape and seen.shown.shape == (32, 48, 3)

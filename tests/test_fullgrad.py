@@ -18,6 +18,7 @@ def vit() -> tuple[nn.Module, torch.Tensor]:
     return model.double(), torch.cat([x, x[:1].flip(-1)]).double()
 
 
+@pytest.mark.slow
 def test_the_parts_add_up_to_the_logit() -> None:
     model, x = vit()
     parts = fgt.fullgrad(fgt.balance(model, x), x, target=3)
@@ -93,6 +94,7 @@ def test_one_parameter_as_coefficient_and_bias() -> None:
     assert float(parts.total) == pytest.approx(1.6)
 
 
+@pytest.mark.slow
 def test_samples_stay_apart_where_the_batch_is_folded_into_windows() -> None:
     torch.manual_seed(0)
     model = timm.create_model(

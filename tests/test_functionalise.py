@@ -114,6 +114,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place(name: str) -> None:
     def model(x: Tensor) -> tuple[Tensor, ...]:
@@ -214,6 +215,7 @@ def through(view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIEWS)
 def test_writes_through_views(name: str) -> None:
     agree(through(VIEWS[name]), image())
@@ -460,6 +462,7 @@ instructions = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(st.lists(instructions, min_size=3, max_size=14))
 def test_random_programs(program: list[tuple[str, int, int, int]]) -> None:

@@ -64,12 +64,14 @@ def some_architectures(count: int, first: int = 50_000) -> Iterator[Architecture
 # --------------------------------------------------------------------------- the properties
 
 
+@pytest.mark.slow
 @settings(max_examples=200, **QUIET)
 @given(architectures())
 def test_every_property_holds(architecture: Architecture) -> None:
     check_properties(architecture, thorough=architecture.seed % 16 == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in DATABASE])
 def test_what_failed_once_holds_now(path: Path) -> None:
     architecture, data = load_failure(path)
@@ -129,6 +131,7 @@ def test_operations_of_others_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> 
         assert drawable.__wrapped__() == drawable()
 
 
+@pytest.mark.slow
 def test_hypothesis_finds_a_fault_and_keeps_it() -> None:
     """How far it shrinks depends on the constants of whatever modules are imported, which it tries,
     and on how long it may."""
@@ -144,6 +147,7 @@ def test_hypothesis_finds_a_fault_and_keeps_it() -> None:
     found.module()(*found.example())
 
 
+@pytest.mark.slow
 def test_a_campaign_shrinks_to_the_fault_alone() -> None:
     def fails(architecture: Architecture) -> bool:
         return "aten.layer_norm.default" in architecture.calls
@@ -178,6 +182,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_the_independent_verdict_sees_faults() -> None:
     """It is complete under the plan, and under no plan with one edit gone wrong."""
     tried = dict.fromkeys(FAULTS, 0)
@@ -233,6 +238,7 @@ def test_the_judge_is_told_which_calls_integrate_from_zero(
     assert not evaluate(module, points)[0].complete
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_library_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate that is off by a hundredth: the campaign meets it, shrinks it and says which edit."""
     right = GATES["aten.tanh.default"]
@@ -312,6 +318,7 @@ def dies_of_one(first: int, count: int) -> Tally:
     return Tally(count, outcomes=Counter(complete=count))
 
 
+@pytest.mark.slow
 def test_a_campaign_survives_a_process_that_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

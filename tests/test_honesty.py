@@ -617,6 +617,7 @@ def check(name: str) -> None:
         check_integrate(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_edits_are_honest(name: str) -> None:
     check(name)
@@ -730,6 +731,7 @@ def check_kinks(name: str) -> None:
 KINKED = [n for n in NAMES if any(True for _ in kinks(n))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINKED)
 def test_edits_at_zeros_and_kinks(name: str) -> None:
     check_kinks(name)

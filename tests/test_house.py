@@ -43,6 +43,7 @@ def test_ruff_would_format_nothing() -> None:
     run(tool("ruff"), "format", "--check", ".")
 
 
+@pytest.mark.slow
 def test_types(tmp_path: Path) -> None:
     run(sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path))
 
@@ -171,6 +172,7 @@ def python_blocks() -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [pytest.param(b, id=name) for name, b in python_blocks()])
 def test_python_in_the_documents_runs(block: str, tmp_path: Path) -> None:
     """Each block stands by itself, in a process of its own (one registers an operation)."""

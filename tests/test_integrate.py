@@ -203,6 +203,7 @@ def test_a_mask_restricts_and_is_not_scaled() -> None:
 # --------------------------------------------------------------------------- honesty
 
 
+@pytest.mark.slow
 def test_what_does_not_converge_says_so() -> None:
     """Many kinks on one ray: a warning, and a verdict that is not complete."""
     torch.manual_seed(0)
@@ -300,6 +301,7 @@ class Last(nn.Module):
         return out.sum() + sum(s.square().sum().sqrt() for s in states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrences_are_complete(name: str) -> None:
     torch.manual_seed(0)
@@ -326,6 +328,7 @@ def test_every_output_of_a_recurrence_has_its_origin() -> None:
     assert fgt.check_completeness(model, x, policy="libra").complete
 
 
+@pytest.mark.slow
 def test_a_vit_under_integrated(tmp_path: Path) -> None:
     model, x = small("vit")
     plan = fgt.derive_rules(model, x, "integrated")
@@ -390,6 +393,7 @@ def test_a_sub_layer_is_one_function(tmp_path: Path) -> None:
     assert report.complete and pickle.loads(pickle.dumps(balanced))(x).equal(model(x))
 
 
+@pytest.mark.slow
 def test_a_sub_layer_of_a_vit() -> None:
     model, x = small("vit")
     plan = fgt.integrate(model, x, "blocks.1.mlp")

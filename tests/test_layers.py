@@ -507,6 +507,7 @@ def missing(net: Net, inputs: tuple[Tensor, ...], plan: Plan, graph: Computation
     return abs(float(total.sum()) - found) / float(total.abs().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer(name: str) -> None:
     layer = LAYERS[name]
@@ -633,6 +634,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_a_recurrent_module(name: str) -> None:
     torch.manual_seed(0)

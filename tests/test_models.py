@@ -8,6 +8,8 @@ import torch
 
 import fullgrad_theory as fgt
 
+pytestmark = pytest.mark.slow
+
 COMPLETE = ["resnet18", "convmixer_768_32"]
 INCOMPLETE = ["vit_tiny_patch16_224", "vit_small_patch16_224", "gmixer_24_224"]
 

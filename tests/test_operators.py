@@ -199,6 +199,7 @@ def test_has_a_sample_that_runs(name: str) -> None:
             assert sample.live or name == "aten.where.Scalar"  # it chooses between numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_computes_the_symbolic_meaning(name: str) -> None:
     if algebra(name) is Algebra.FACTORY:

@@ -28,6 +28,8 @@ from experiments.paper.setup import BARE, BOUNDS, METRICS, SMALL
 from experiments.paper.summary import MEAN, PAPER, Cell, Claim, Table, orders
 from fullgrad_theory.metrics import Deletion
 
+pytestmark = pytest.mark.slow
+
 FIGURES = (
     "completeness", "faithfulness", "sizes", "mixers", "ablation", "discrimination",
     "heatmaps-methods", "heatmaps-models", "text",

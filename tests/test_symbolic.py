@@ -40,6 +40,7 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(gate) * value)
 
 
+@pytest.mark.slow
 def test_a_transformer_block() -> None:
     torch.manual_seed(0)
     model = Block().double().eval()
@@ -129,6 +130,7 @@ def test_what_a_user_registers_is_not_proved() -> None:
     assert lookup("aten.relu.default").proved  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_sympy_alone() -> None:
     code = "import sys, fullgrad_theory; assert 'sympy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

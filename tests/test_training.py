@@ -16,6 +16,8 @@ from experiments.paper.train import table
 from fullgrad_theory.data import CLASSES
 from fullgrad_theory.errors import InputError, UnknownNameError
 
+pytestmark = pytest.mark.slow
+
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)

@@ -150,6 +150,7 @@ def _product_written(x: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdict(name: str) -> None:
     model, x, plain, libra = VERDICTS[name]
@@ -471,6 +472,7 @@ def test_reparametrised_weights() -> None:
         assert report.complete is True, str(report)
 
 
+@pytest.mark.slow
 def test_the_fast_path_of_torch_is_not_taken_for_an_error() -> None:
     """nn.TransformerEncoderLayer rounds differently without gradients."""
     for frozen in (False, True):
@@ -486,6 +488,7 @@ def test_the_fast_path_of_torch_is_not_taken_for_an_error() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.slow
 def test_precisions_may_be_mixed() -> None:
     body = nn.Sequential(nn.Linear(4, 8), nn.GELU())
     for dtype in (torch.float64, torch.bfloat16, torch.float16):

@@ -36,7 +36,7 @@ STORE = HERE / "results.json"
 COPIED = ("fullgrad_theory", "tests", "proofs", "docs")
 LIMIT = 1200
 """seconds of processor time for one pytest: the whole suite takes half of it"""
-CAMPAIGN = ("-c", "from fullgrad_theory.cli import app; app()", "fuzz", "--examples", "200")
+CAMPAIGN = ("-c", "from fullgrad_theory.command.cli import app; app()", "fuzz", "--examples", "200")
 
 
 def plant(mutant: Mutant, root: Path) -> None:

@@ -176,7 +176,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "            end = model.add(wanted[site.live.index(True)] == self.one)", "            end = model.add(wanted[site.live.index(True)] >= 0)", (DERIVE,)),
     Mutant("cuts where paths jump over", SEARCH, "derive.py",
            "if reach <= index[name] and site.small == (True,)", "if site.small == (True,)", (DERIVE,)),
-    Mutant("pruning is cheap", SEARCH, "edits/published.py", '"prune": 30', '"prune": 3', (DERIVE,)),
+    Mutant("pruning is cheap", SEARCH, "edits/costs.py", '"prune": 30', '"prune": 3', (DERIVE,)),
     Mutant("the dearest plan", SEARCH, "derive.py", "self.model.minimize(", "self.model.maximize(", (DERIVE,)),
     # ------------------------------------------------------------------ gates
     Mutant("gelu's gate is doubled", FACTOR, "operators/gates.py", ".erfc_().mul_(0.5)", ".erfc_()", (GATES,)),

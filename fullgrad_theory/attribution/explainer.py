@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..backward.balanced import Balanced, balance
 from ..check.numeric import float_leaves
-from ..edits.policy import Policy
+from ..edits.costs import Policy
 from ..errors import InputError, unknown_name
 from ..graph.computation import ComputationGraph, tensor_value
 from ..graph.door import Inputs, Model

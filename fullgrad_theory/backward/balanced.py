@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..edits.costs import Policy
 from ..edits.folding import fold
 from ..edits.kinds import Edit
-from ..edits.policy import Policy
 from ..edits.writing import Writing
 from ..errors import InputError
 from ..graph.computation import ComputationGraph, tensor_value

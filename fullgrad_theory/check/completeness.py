@@ -11,7 +11,7 @@ from torch import fx
 
 from ..backward.balanced import Balanced, rewrite
 from ..bars import Tick, progress
-from ..edits.policy import Policy
+from ..edits.costs import Policy
 from ..errors import FullgradError, TraceError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..edits.costs import Policy
 from ..edits.folding import fold
 from ..edits.kinds import Edit
-from ..edits.policy import Policy
 from ..errors import NonFiniteError, NoPlanError
 from ..graph.computation import ComputationGraph
 from ..operators.algebra import Algebra, Role

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from ..edits.published import policies as published
+from ..edits.costs import policies as published
 from .page import show, table
 
 

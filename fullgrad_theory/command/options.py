@@ -42,7 +42,7 @@ class Dtype(StrEnum):
 def fits_policy(name: str | None) -> str | None:
     """A policy's name."""
     if name is not None:
-        from ..edits.published import policy
+        from ..edits.costs import policy
 
         try:
             policy(name)

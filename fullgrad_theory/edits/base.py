@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..operators.relations import Mode
-from .policy import Policy
+from .costs import Policy
 
 if TYPE_CHECKING:
     from .writing import Writing

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..graph.normal import enter_autocast, leave_autocast
-from ..operators.region import region_of
+from ..operators.registry import region_of
 from .base import Edit
 from .integrating import Integrate
 

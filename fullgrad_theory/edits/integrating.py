@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from ..operators.calls import overload, target_name
-from ..operators.region import REGION, region_of
+from ..operators.registry import REGION, region_of
 from ..operators.traced import led_by
 from .base import OwnEdit
 from .quadrature import integrated

@@ -10,7 +10,7 @@ import torch
 
 from ..operators.record import Operator
 from .base import Edit, Stage
-from .policy import Policy
+from .costs import Policy
 from .writing import Writing
 
 detach = torch.ops.aten.detach.default

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from ..errors import PlanError
 from ..operators.traced import as_one_call
 from .base import Edit, Stage
-from .policy import Policy
+from .costs import Policy
 from .writing import Writing
 
 

@@ -15,7 +15,7 @@ from ..operators.registry import lookup
 from ..operators.relations import Mode
 from ..operators.traced import led_by
 from .base import OwnEdit
-from .policy import Policy
+from .costs import Policy
 from .writing import Target, Writing
 
 

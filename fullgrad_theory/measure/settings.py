@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..edits.policy import Policy
+from ..edits.costs import Policy
 from ..errors import InputError
 from ..metrics.deletion import Deletion
 from ..metrics.table import metric

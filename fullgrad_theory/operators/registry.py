@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .algebra import Algebra, Role
 from .calls import argument_names, overload, target_name
@@ -13,11 +13,18 @@ from .classes import CLASSES
 from .gates import Gate
 from .readers import Reader
 from .record import Frozen, Operator
-from .region import REGION
 from .relations import signature_names
 from .tables import TABLES
 from .views import View
 
+
+def region_of(inner: nn.Module, label: str, *values: Any) -> Any:
+    """A sub-layer as one operation: `inner` of what it reads from outside. `label` names it."""
+    return inner(*values)
+
+
+REGION = Operator(f"{region_of.__module__}.{region_of.__name__}", Algebra.SMOOTH)
+"""no operation of its own: a sub-layer that was folded into one call, to be integrated"""
 LEAF = "leaf."
 """what the names of modules and Functions that are kept whole begin with"""
 

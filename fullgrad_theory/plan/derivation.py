@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from torch import fx
 
+from ..edits.costs import Policy, within
+from ..edits.costs import policy as policy_of
 from ..edits.kinds import Edit
-from ..edits.policy import Policy, within
-from ..edits.published import policy as policy_of
 from ..errors import InputError, NoPlanError, PolicyError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model

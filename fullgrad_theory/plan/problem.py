@@ -13,13 +13,13 @@ from functools import cached_property
 
 from torch import fx
 
+from ..edits.costs import Policy
 from ..edits.kinds import OWN, Prune
-from ..edits.policy import Policy
 from ..graph.computation import ComputationGraph
 from ..graph.sources import module_path
 from ..operators.algebra import Algebra
 from ..operators.calls import Call, target_name
-from ..operators.region import REGION
+from ..operators.registry import REGION
 from ..operators.relations import Mode, Relation
 from .liveness import Liveness, State
 from .piece import INPUT, Edge, NodeProblem, Piece, PricedMode, Value

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 
+from ..edits.costs import Policy
 from ..edits.kinds import Prune, Scale
-from ..edits.policy import Policy
 from ..operators.relations import Relation
 from .piece import INPUT, LAST_OF_ALL, Edge, NodeProblem, Piece, PricedMode, Value
 from .solution import FREE, LEAVE, Decision, Solution

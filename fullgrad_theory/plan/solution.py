@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..edits.costs import Policy
 from ..edits.kinds import OWN, Edit, Prune, Scale
-from ..edits.policy import Policy
 from ..operators.calls import Call
 
 LEAVE = "leave"

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..edits.costs import Policy
 from ..edits.kinds import Edit
-from ..edits.policy import Policy
 from ..errors import NoPlanError
 from .piece import Piece
 from .problem import Problem

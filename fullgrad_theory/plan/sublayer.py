@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..edits.base import Edit
+from ..edits.costs import Policy
 from ..edits.folding import exits, fold
 from ..edits.integrating import Integrate
-from ..edits.policy import Policy
 from ..errors import InputError, NoPlanError, unknown_name
 from ..graph.computation import ComputationGraph, is_float
 from ..graph.door import Inputs, Model

@@ -28,8 +28,10 @@ def rows(algebra: Algebra) -> Callable[..., Table]:
         **fields: Any,
     ) -> Table:
         full = (name if python else aten_name(name) for name in names.split())
-        kept = {"roles": frozenset(roles), "proved": proved} | fields
-        return tuple(Operator(name, algebra, signature, **kept) for name in full)
+        return tuple(
+            Operator(name, algebra, signature, roles=frozenset(roles), proved=proved, **fields)
+            for name in full
+        )
 
     return of
 
