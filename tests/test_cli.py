@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fullgrad_theory.check.report import Report
 from fullgrad_theory.command import checking, cli
-from fullgrad_theory.command.shapes import Shape, draw
+from fullgrad_theory.command.options import Shape, draw
 from fullgrad_theory.edits.costs import policies
 from fullgrad_theory.errors import TraceError
 from fullgrad_theory.operators import registered

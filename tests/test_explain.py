@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from fullgrad_theory.attribution import Explainer
 from fullgrad_theory.command import picture
-from fullgrad_theory.command.target import load
 from fullgrad_theory.command.cli import app
+from fullgrad_theory.command.target import load
 from fullgrad_theory.errors import InputError
 
 OWN = """

@@ -17,8 +17,7 @@ from ..backward.running import Run, finite_products
 from ..check.numeric import float_leaves
 from ..errors import InputError
 from ..operators.algebra import Algebra
-from ..operators.calls import named
-from ..operators.traced import operation_args
+from ..operators.calls import named, operation_args
 from ..plan.labelling import Degrees
 from .layouts import Cell
 from .structure import Anatomy, Attention

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.computation import ComputationGraph
-from ..operators.calls import Call, Running
-from ..operators.traced import operation_args
+from ..operators.calls import Call, Running, operation_args
 from ..plan.labelling import Degrees
 
 OnBias = Callable[[str, Tensor, Tensor], None]

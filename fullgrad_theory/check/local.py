@@ -20,8 +20,7 @@ from torch.utils import _pytree as pytree
 from ..backward.running import bias_maps, inner
 from ..edits.scaling import Scale
 from ..errors import NonConvergenceWarning, NonFiniteError
-from ..operators.calls import bind, is_ray
-from ..operators.traced import operation_args
+from ..operators.calls import bind, is_ray, operation_args
 from ..plan.liveness import State
 from . import words
 from .numeric import float_leaves, largest

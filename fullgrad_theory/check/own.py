@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..backward.balanced import rewrite
 from ..backward.running import inner
 from ..graph.computation import ComputationGraph
-from ..graph.exporting import untouched, without_fast_path
+from ..graph.tracing import untouched, without_fast_path
 from ..operators.calls import is_ray
 from .copies import coarsest_rounding
 from .gradient import Gradient, Shares

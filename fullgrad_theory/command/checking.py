@@ -1,4 +1,4 @@
-"""`check` and `derive`."""
+"""`check`, `derive` and `fuzz`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..bars import progress
 from ..check.completeness import check_completeness
 from ..check.formats import to_junit, to_sarif
 from ..check.report import Report
+from ..extras import require
 from ..graph.door import definition
 from ..plan.derivation import derive_rules
 from .making import Chosen, create, inputs_of
@@ -71,3 +72,17 @@ def derive(
         if save is not None:
             plan.save(save)
     show(Text(str(plan)))
+
+
+def campaign(examples: int, jobs: int, seed: int, out: Path | None) -> int:
+    """Run a campaign and print its summary; the exit code."""
+    with judging():
+        require("hypothesis", "fuzz")
+        from ..testing.campaign import Campaign, summary
+
+        run = Campaign(examples, jobs, seed, out)
+        with progress("fuzzing", after=0.0) as tick:
+            run.run(tick)
+            run.write_summary()
+    show(Text(summary(run)))
+    return 1 if run.tally.failures else 0

@@ -147,9 +147,9 @@ def explain(
 @app.command()
 def policies() -> None:
     """List the policies: what each edits, and whether it makes a model complete."""
-    from . import listing
+    from . import page
 
-    listing.policies()
+    page.policies()
 
 
 @app.command()
@@ -158,9 +158,9 @@ def operators() -> None:
 
     Besides an edit of its own, any edge may be pruned and any node of a degree above 0 scaled.
     """
-    from . import listing
+    from . import page
 
-    listing.operators()
+    page.operators()
 
 
 @app.command()
@@ -176,6 +176,6 @@ def fuzz(
     ] = None,
 ) -> None:
     """Check this library on random architectures; exit code 0 where every property holds."""
-    from . import fuzzing
+    from . import checking
 
-    raise typer.Exit(fuzzing.campaign(examples, jobs, seed, out))
+    raise typer.Exit(checking.campaign(examples, jobs, seed, out))

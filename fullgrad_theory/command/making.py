@@ -13,8 +13,7 @@ from ..bars import progress
 from ..errors import InputError, unknown_name
 from ..extras import require
 from ..graph.door import Model, default_inputs, home
-from .options import Dtype
-from .shapes import Shape, draw
+from .options import Dtype, Shape, draw
 from .target import is_target, load
 
 

@@ -8,9 +8,8 @@ from typing import Any, Self
 
 from torch import nn
 
-from ..operators.calls import overload, target_name
+from ..operators.calls import led_by, overload, target_name
 from ..operators.registry import REGION, region_of
-from ..operators.traced import led_by
 from .base import OwnEdit
 from .quadrature import integrated
 from .writing import Target, Writing

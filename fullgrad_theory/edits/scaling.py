@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import PlanError
-from ..operators.traced import as_one_call
+from ..operators.calls import as_one_call
 from .base import Edit, Stage
 from .costs import Policy
 from .writing import Writing

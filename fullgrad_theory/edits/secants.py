@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ..operators.calls import bind, overload, target_name
+from ..operators.calls import bind, led_by, overload, target_name
 from ..operators.registry import lookup
 from ..operators.relations import Mode
-from ..operators.traced import led_by
 from .base import OwnEdit
 from .costs import Policy
 from .writing import Target, Writing

@@ -1,16 +1,27 @@
-"""From a model to its computation graph."""
+"""From a model to its computation graph, by torch.export.
+
+The batch dimension is left open where the model allows it; nothing that an export does stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, redirect_stderr
 from types import MethodType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, TraceError
+from ..errors import FullgradError, InputError, TraceError
 from .computation import ComputationGraph, tensor_value
 from .door import (
     Inputs,
@@ -22,11 +33,11 @@ from .door import (
     split_inputs,
     tensors_of,
 )
-from .exporting import export, kept, muted
-from .fakes import fill_fake_values
+from .fakes import fake_mode, fill_fake_values
 from .functional import functionalise
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, mutates, unroll
+from .sources import first_line, is_users, shorten
 
 
 def trace(
@@ -52,7 +63,7 @@ def trace(
     check_arguments(module, model, args, kwargs)
     kept_whole = Leaves(module, leaves)
     with kept(module), muted(), torch.inference_mode(False):
-        program, dynamic = export(module, model, args, kwargs, kept_whole)
+        program, dynamic = _export(module, model, args, kwargs, kept_whole)
     unlifted = program.module()
     inline_regions(unlifted)
     kept_whole.write(unlifted)
@@ -72,3 +83,206 @@ def trace(
     if any(isinstance(s, int) and s == 0 for shape in shapes for s in shape):
         raise InputError(f"{name} returns an empty tensor for these inputs; pass larger ones")
     return traced
+
+
+# --------------------------------------------------------------------------- the export
+
+
+def _export(
+    module: nn.Module,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: Leaves,
+) -> tuple[torch.export.ExportedProgram, bool]:
+    """Export with an open batch dimension, or with the shapes as they are where that fails."""
+    batched = [t for t in tensors_of(args, kwargs) if t.dim() > 0]
+    if len({t.shape[0] for t in batched}) == 1:
+
+        def resize(leaf: Any, batch: int) -> Any:
+            few = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] < batch
+            return torch.cat([leaf, leaf]) if few else leaf  # batch size 1 would be specialised
+
+        def mark(leaf: Any) -> Any:
+            tensor = isinstance(leaf, Tensor) and leaf.dim() > 0
+            return {0: torch.export.Dim.AUTO} if tensor else None
+
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        shapes = pytree.tree_map(mark, dict(bound))
+        try:
+            more, named = pytree.tree_map(lambda t: resize(t, 2), (args, kwargs))
+            program = _callexport(module, more, named, shapes, leaves)
+            if _any_batch(program) and _same_calls(module, more, named):
+                return program, True
+        except Exception:  # noqa: BLE001  the plain export below reports what is really wrong
+            pass
+    try:
+        return _callexport(module, args, kwargs, None, leaves), False
+    except FullgradError:
+        raise
+    except Exception as error:
+        raise _explain(module, model, args, kwargs, error) from error
+
+
+def _callexport(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, leaves: Leaves
+) -> torch.export.ExportedProgram:
+    quiet, grad = warnings.catch_warnings(), torch.enable_grad()
+    with quiet, grad, without_fast_path(), leaves.installed():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+_BATCHES = (1, 2, 3, 4, 5, 7, 8, 16, 30, 128)
+
+
+def _any_batch(program: torch.export.ExportedProgram) -> bool:
+    """Whether what the export assumed of the batch size (`x.shape[0] <= 4`) holds for any."""
+    guards = getattr(getattr(fake_mode(program.graph), "shape_env", None), "guards", ())
+    return all(
+        bool(guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, size)))
+        for guard in guards
+        for size in _BATCHES
+    )
+
+
+class _Calls(TorchFunctionMode):
+    """Records the torch functions that are called, and the numbers they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+        self.numbers: list[float] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.functions.append(func)
+        leaves = pytree.tree_leaves((args, kwargs))
+        self.numbers += [leaf for leaf in leaves if isinstance(leaf, (int, float))]
+        return func(*args, **kwargs)
+
+
+def _calls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> _Calls:
+    """What the model's code calls for a batch of `size`, in fake tensors, parameters included."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    given = pytree.tree_map_only(Tensor, lambda t: t[:size] if t.dim() else t, (args, kwargs))
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    held, given = pytree.tree_map_only(Tensor, fake.from_tensor, (held, given))
+    eager = torch.compiler.set_stance("force_eager")  # dynamo would run real kernels on fakes
+    with eager, fake, torch.no_grad(), _Calls() as calls:
+        torch.func.functional_call(module, held, *given)
+    return calls
+
+
+def _same_calls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a single sample takes the same way through the model's code as a batch of two.
+
+    Export assumes that a batch size it left open is never 1, and no guard tells. Numbers are sizes
+    that grow with the batch, or the same.
+    """
+    one, two = (_calls(module, args, kwargs, size) for size in (1, 2))
+    return (
+        one.functions == two.functions
+        and len(one.numbers) == len(two.numbers)
+        and all(b in (a, 2 * a) for a, b in zip(one.numbers, two.numbers, strict=True))
+    )
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """Undo what running the model's code sets on it (`self.cache = x`), which would be a fake."""
+    dicts = [m.__dict__ for m in module.modules()]
+    values = [v for d in dicts for v in d.values()]
+    dicts += [v for v in values if isinstance(v, dict)]
+    dicts_before = [(d, d.copy()) for d in dicts]
+    lists_before = [(v, v.copy()) for v in values if isinstance(v, list)]
+    try:
+        yield
+    finally:
+        for now, old in dicts_before:
+            for key in now.keys() - old.keys():
+                del now[key]
+            now.update({k: v for k, v in old.items() if k not in now or now[k] is not v})
+        for listed, was in lists_before:
+            if [*map(id, listed)] != [*map(id, was)]:
+                listed[:] = was
+
+
+class _Mute:
+    """A stream that drops what one thread writes; others (a progress bar) go on."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        quiet = threading.get_ident() == self.thread
+        return len(text) if quiet else int(self.stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def muted() -> redirect_stderr[Any]:
+    """torch.export writes pages to stderr when it fails; the error raised says what matters."""
+    return redirect_stderr(_Mute(sys.stderr))
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """torch's own layers leave their kernels for inference alone, which round differently."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns; whatever its code writes to itself or to its inputs is undone."""
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    held = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
+    given, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    try:
+        with kept(module):
+            return model(*given, **named)
+    finally:
+        for tensor, value in held:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+
+
+def _explain(
+    module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> Exception:
+    """The user's error behind an export failure: wrong inputs, or control flow on data."""
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(args, kwargs))
+    try:
+        with torch.no_grad():
+            untouched(module, args, kwargs)
+    except Exception as own:  # noqa: BLE001  the model itself refuses the inputs
+        return InputError(
+            f"{name_of(model)} does not run on inputs of shape {shapes}: {first_line(own)}"
+            f"{_place(module, own)}; pass inputs that model(*inputs) accepts"
+        )
+    return TraceError(
+        f"torch.export refuses {name_of(model)}: {first_line(error)}{_place(module, error)}; the "
+        "usual cause is Python control flow that depends on a tensor's values: make the branch a "
+        "torch.where, or trace the layers on either side of it"
+    )
+
+
+def _place(module: nn.Module, error: BaseException) -> str:
+    """`' (in blocks.3.attn, at timm/layers/attention.py:80)'`, the innermost of the user's."""
+    paths = {id(m): name for name, m in module.named_modules() if name}
+    path = line = ""
+    trace_back = error.__traceback__
+    while trace_back is not None:
+        frame = trace_back.tb_frame
+        path = paths.get(id(frame.f_locals.get("self")), path)
+        file = frame.f_code.co_filename
+        if is_users(file) and not file.startswith("<"):
+            line = f"{shorten(file)}:{trace_back.tb_lineno}"
+        trace_back = trace_back.tb_next
+    where = ", ".join(filter(None, (path and f"in {path}", line and f"at {line}")))
+    return f" ({where})" if where else ""

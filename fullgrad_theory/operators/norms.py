@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .calls import as_one_call, wide_dtype
 from .record import Frozen
-from .traced import as_one_call, wide_dtype
 
 aten = torch.ops.aten
 
