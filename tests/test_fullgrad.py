@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import timm
 import torch
@@ -120,3 +122,22 @@ def test_a_target_out_of_range_is_refused(target: object) -> None:
     model, x = vit()
     with pytest.raises(InputError, match="out of range"):
         fgt.fullgrad(fgt.balance(model, x), x, target=target)  # type: ignore[arg-type]
+
+
+def test_nothing_grows_from_call_to_call() -> None:
+    """Hooks of a run's outputs hold the run: were it to hold them, nothing could free either."""
+    model, x = small("vit")
+    balanced = fgt.balance(model, x)
+    explainer = fgt.Explainer(balanced)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(o) in (torch.Tensor, torch.nn.Parameter) for o in gc.get_objects())
+
+    counts = []
+    for _ in range(3):
+        fgt.check_completeness(model, x, policy="libra")
+        fgt.fullgrad(balanced, x)
+        explainer(x, ("fullgrad", "fullgrad+"))
+        counts.append(tensors())
+    assert counts[1] == counts[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -50,11 +51,14 @@ class Run(fx.Interpreter):
         for index, (output, added) in enumerate(zip(outputs, maps, strict=False)):
             if output.requires_grad:
                 key = n.name if len(maps) == 1 else f"{n.name}[{index}]"
-                output.register_hook(partial(self._on_gradient, key, added))
+                # the outputs hold their hooks: were these to hold the run, nothing could be freed
+                output.register_hook(partial(_tell, weakref.ref(self), key, added))
 
-    def _on_gradient(self, key: str, added: Tensor, g: Tensor | None) -> None:
-        if g is not None:  # of an output that nobody reads
-            self.on_bias(key, g.detach(), added)
+
+def _tell(run: weakref.ref[Run], key: str, added: Tensor, g: Tensor | None) -> None:
+    listening = run()
+    if listening is not None and g is not None:  # None: of an output that nobody reads
+        listening.on_bias(key, g.detach(), added)
 
 
 def bias_maps(
