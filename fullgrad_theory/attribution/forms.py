@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..operators.algebra import Algebra, Role
 from ..operators.registry import has_role, record_of
-from ..plan.liveness import Liveness, State
+from ..plan.states import Liveness, State
 
 Shapes = Mapping[str, torch.Size | tuple[torch.Size, ...]]
 Orders = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..graph.computation import ComputationGraph, tensor_value
 from ..operators.algebra import Algebra, Role
 from ..operators.calls import Call
-from ..plan.liveness import Liveness
+from ..plan.states import Liveness
 from . import boxes as bx
 
 Boxes = Tensor | list[Tensor] | None

@@ -22,7 +22,7 @@ from ..graph.computation import ComputationGraph
 from ..graph.sources import module_path
 from ..operators.algebra import Role
 from ..operators.registry import has_role
-from ..plan.liveness import Liveness
+from ..plan.states import Liveness
 from . import boxes as bx
 from . import forms
 from .layouts import Layout, batch_of, layout, scatter

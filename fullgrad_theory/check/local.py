@@ -21,7 +21,7 @@ from ..backward.running import bias_maps, inner
 from ..edits.scaling import Scale
 from ..errors import NonConvergenceWarning, NonFiniteError
 from ..operators.calls import bind, is_ray, operation_args
-from ..plan.liveness import State
+from ..plan.states import State
 from . import words
 from .numeric import float_leaves, largest
 from .subject import Subject

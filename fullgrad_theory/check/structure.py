@@ -19,9 +19,9 @@ from ..operators.calls import is_ray
 from ..operators.registry import has_role, record_of
 from ..plan.derivation import derive_rules
 from ..plan.labelling import Degrees, degrees
-from ..plan.liveness import State
 from ..plan.measuring import Measured
 from ..plan.plan import Plan
+from ..plan.states import State
 from . import words
 from .report import FINE, Verdict
 

@@ -21,11 +21,11 @@ from ..graph.leaves import LeafSpec
 from ..graph.sources import module_path
 from ..operators.calls import target_name
 from .labelling import Degrees, degrees
-from .liveness import liveness
 from .measuring import graph_of
 from .plan import Plan, fingerprint
 from .problem import Problem
 from .solving import Edits, solve
+from .states import liveness
 from .text import compress
 from .words import edit_words, obstacle_words
 

@@ -21,7 +21,7 @@ from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..operators.calls import Call
 from ..operators.relations import Mode, Relation
-from .liveness import Liveness, State, liveness
+from .states import Liveness, State, liveness
 from .words import Breach, breach_words
 
 ONE, ZERO = Fraction(1), Fraction(0)

@@ -28,9 +28,9 @@ from ..operators.calls import Call
 from ..operators.record import Operator
 from ..operators.relations import Mode, Relation
 from .equations import Equations
-from .liveness import unregistered
-from .points import points
 from .probe import Probe
+from .sampling import points
+from .states import unregistered
 from .witnesses import Witness
 from .words import relation_words
 

@@ -21,8 +21,8 @@ from ..operators.algebra import Algebra
 from ..operators.calls import Call, target_name
 from ..operators.registry import REGION
 from ..operators.relations import Mode, Relation
-from .liveness import Liveness, State
 from .piece import INPUT, Edge, NodeProblem, Piece, PricedMode, Value
+from .states import Liveness, State
 
 
 class Problem:

@@ -14,8 +14,8 @@ from ..graph.door import Inputs, Model
 from ..graph.sources import module_path
 from ..graph.tracing import trace
 from .derivation import derive_rules
-from .liveness import State, liveness
 from .plan import Plan, fingerprint
+from .states import State, liveness
 
 
 def integrate(
