@@ -106,7 +106,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _record("a linear layer mixes nothing", LEAF, "aten.linear.default", "reader=None, roles=frozenset()",
             ("tests/test_attribution.py",)),
     _record("nothing is a softmax", VERDICT, "aten.softmax.int", "roles=frozenset()", (CHECK, "-k", "probabilit")),
-    _record("ids are looked up nowhere", LIVENESS, "aten.embedding.default", "roles=frozenset()", (CHECK, DERIVE, FULLGRAD)),
+    _record("ids are looked up nowhere", LIVENESS, "aten.embedding.default", "roles=frozenset()", (TRAPS, "-k", "integer")),
     _record("what is written through a slice is lost", FORWARD, "aten.slice.Tensor", "view=None", (FUNCTIONAL,)),
     _record("a slice is a reshape", FORWARD, "aten.transpose.int",
             'view=__import__("fullgrad_theory.operators.views", fromlist=["views"]).RESHAPED', (FUNCTIONAL,)),
@@ -165,7 +165,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "relation.domain is not None and natural == 1 and not call.eps",
            "relation.domain is not None and natural == 0 and not call.eps", (CHECK, FULLGRAD)),
     Mutant("attribution does not end at embeddings", LIVENESS, "plan/states.py",
-           "if known is not None and Role.LOOKUP in known.roles:", "if False:", (CHECK, DERIVE, FULLGRAD)),
+           "if known is not None and Role.LOOKUP in known.roles:", "if False:", (TRAPS, "-k", "integer")),
     Mutant("refused calls go on", VERDICT, "plan/states.py", "    if refused:", "    if False:",
            ("tests/test_traps.py",)),
     # ------------------------------------------------------------------ the search
