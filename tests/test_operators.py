@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from fullgrad_theory.operators import (
     registered,
 )
 from fullgrad_theory.operators import registry as registry_module
+from fullgrad_theory.operators.calls import Running
 from fullgrad_theory.testing.sample_calls import Sample, call, kinks, overload, samples, values
 from proofs import symbolic
 
@@ -523,3 +524,31 @@ def test_a_norm_that_forgets_its_bias_is_noticed(monkeypatch: pytest.MonkeyPatch
     wrong = replace(right, signature="input*weight")
     monkeypatch.setitem(registry_module._REGISTRY, right.name, wrong)
     assert not _missed(check_residual, right.name)
+
+
+WITH_READERS = [n for n in NAMES if entry(n).reader is not None]
+
+
+@pytest.mark.parametrize("name", WITH_READERS)
+def test_what_a_bias_adds_is_what_is_left_without_the_input(name: str) -> None:
+    """An entry's own reader against the definition: the derivative along the constants."""
+    for sample in samples(name, torch.Generator().manual_seed(0)):
+        seen = call(name, sample)
+        constant = {o.name for o in seen.operands} - seen.moving
+        if not sample.live or not constant.intersection(entry(name).bias_operands(seen)):
+            continue
+        running = Running(seen, overload(name), (), symbolic.bound_arguments(name, sample))
+        output = running.at({})[0]
+        found = entry(name).bias_maps(running, [output])[0].expand(output.shape)
+        torch.testing.assert_close(found, slowly_added(running, entry(name).bias_operands(seen)))
+
+
+def slowly_added(running: Running, biases: Sequence[str]) -> Tensor:
+    """sum_b b dv/db by central differences: exact for what is linear in b, piece by piece."""
+    step = 2.0**-10
+
+    def at(factor: float) -> Tensor:
+        values = {n: running.values[n] for n in biases}
+        return running.at({n: v * factor for n, v in values.items()})[0]
+
+    return (at(1.0 + step) - at(1.0 - step)) / (2.0 * step)
