@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from ..edits.kinds import Prune
-from .piece import INPUT, Piece
-from .programme import Programme
-from .solution import Solution
-from .variables import IntVar
+from .problem import INPUT, Piece
+from .programme import IntVar, Programme
+from .solving import Solution
 
 T = TypeVar("T")
 Spot = tuple[int, str]
@@ -30,26 +28,27 @@ def next_best(
     if not best.proven:
         return found, False
     variables = programme.variables
-    flows = _watch_flows(programme)
+    unpruned: dict[Spot, list[IntVar]] = {
+        (place, seen.edge.argument): seen.unpruned  # type: ignore[misc]
+        for place, edges in enumerate(programme.edges)
+        for seen in edges
+    }
+    true, any_of, all_of = variables.model.new_constant(1), variables.any_of, variables.all_of
+    flows = _flows(programme.piece, unpruned.__getitem__, true, any_of, all_of)
     _scale_once(programme, flows)
     _forbid(programme, best, flows)
     while len(found) < count:
         answer = variables.solve(effort - variables.spent)
         if answer is None or not answer.proven:
             return found, variables.exhausted
-        smaller = _smallest_within(programme, answer, effort) or answer
+        within = Programme(programme.piece, programme.policy)
+        within.allow_only(answer)
+        smaller = within.variables.solve(effort) or answer
         minimal = smaller.cost == answer.cost
         _forbid(programme, answer if minimal else smaller, flows)
         if minimal:
             found.append(answer)
     return found, True
-
-
-def _smallest_within(programme: Programme, solution: Solution, effort: float) -> Solution | None:
-    """The cheapest solution with some of these decisions and no others."""
-    within = Programme(programme.piece, programme.policy)
-    within.allow_only(solution)
-    return within.variables.solve(effort)
 
 
 def _forbid(programme: Programme, solution: Solution, flows: Mapping[Spot, IntVar]) -> None:
@@ -69,59 +68,39 @@ def _forbid(programme: Programme, solution: Solution, flows: Mapping[Spot, IntVa
             variables.model.add(candidate.degree != degree).only_enforce_if(other)
             fewer.append(other)
     pruned = {(d.place, d.argument) for d in solution.decisions if d.kind == Prune.kind}
-    taken = _flows(programme.piece, Logic(True, any, all), lambda spot: [spot not in pruned])
+    taken = _flows(programme.piece, lambda spot: [spot not in pruned], True, any, all)
     otherwise += [~flow if taken[edge] else flow for edge, flow in flows.items()]
     variables.model.add_bool_or(fewer)
     variables.model.add_bool_or(otherwise)
 
 
-# --------------------------------------------------------------------------- flows
-
-
-@dataclass(frozen=True)
-class Logic(Generic[T]):
-    """Truth values, and how they are joined: known ones, or literals of a programme."""
-
-    true: T
-    any_of: Callable[[Sequence[T]], T]
-    all_of: Callable[[Sequence[T]], T]
-
-
-def _flows(piece: Piece, logic: Logic[T], unpruned: Callable[[Spot], Sequence[T]]) -> dict[Spot, T]:
-    """Whether each edge carries gradient, from an end of the piece to a source.
-
-    `unpruned`: what has to hold for gradient to pass an edge.
-    """
-    leads: dict[str | int, T] = {INPUT[0]: logic.true}
+def _flows(
+    piece: Piece,
+    unpruned: Callable[[Spot], Sequence[T]],
+    true: T,
+    any_of: Callable[[Sequence[T]], T],
+    all_of: Callable[[Sequence[T]], T],
+) -> dict[Spot, T]:
+    """Whether each edge carries gradient, from an end of the piece to a source: as known truth
+    values, or as literals of a programme. `unpruned`: what has to hold for gradient to pass."""
+    leads: dict[str | int, T] = {INPUT[0]: true}
     passed = []
     for place, node in enumerate(piece.nodes):
         into = []
         for argument, (source, _) in node.read:
-            into.append(logic.all_of([leads[source], *unpruned((place, argument))]))
+            into.append(all_of([leads[source], *unpruned((place, argument))]))
             passed.append((place, argument, source, into[-1]))
-        leads[place] = logic.any_of(into)
+        leads[place] = any_of(into)
     taken: dict[int, T] = {}
     readers: dict[str | int, list[T]] = {}
     flows = {}
     for place, argument, source, edge in reversed(passed):
         if place not in taken:  # all that read it have been seen
             is_end = piece.nodes[place].is_end
-            taken[place] = logic.true if is_end else logic.any_of(readers.get(place, []))
-        flows[place, argument] = logic.all_of([edge, taken[place]])
+            taken[place] = true if is_end else any_of(readers.get(place, []))
+        flows[place, argument] = all_of([edge, taken[place]])
         readers.setdefault(source, []).append(flows[place, argument])
     return flows
-
-
-def _watch_flows(programme: Programme) -> dict[Spot, IntVar]:
-    """The literals of the flows."""
-    variables = programme.variables
-    logic = Logic[IntVar](variables.model.new_constant(1), variables.any_of, variables.all_of)
-    unpruned = {
-        (place, seen.edge.argument): seen.unpruned
-        for place, edges in enumerate(programme.edges)
-        for seen in edges
-    }
-    return _flows(programme.piece, logic, unpruned.__getitem__)  # type: ignore[arg-type]
 
 
 def _scale_once(programme: Programme, flows: Mapping[Spot, IntVar]) -> None:

@@ -6,7 +6,7 @@ the edits cost least.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -24,10 +24,9 @@ from .labelling import Degrees, degrees
 from .measuring import graph_of
 from .plan import Plan, fingerprint
 from .problem import Problem
-from .solving import Edits, solve
+from .solving import Edits, Solved
 from .states import liveness
-from .text import compress
-from .words import edit_words, obstacle_words
+from .words import compress, edit_words, obstacle_words
 
 
 def derive_rules(
@@ -52,7 +51,13 @@ def derive_rules(
     alternatives to a partial policy, and what `trace` raises.
     """
     chosen = policy_of(policy)
-    _check_alternatives(alternatives, chosen)
+    if alternatives < 0:
+        raise InputError(f"alternatives={alternatives}: expected a number from 0 up")
+    if alternatives and not chosen.complete:
+        raise InputError(
+            f"policy {chosen.name!r} is partial, and alternatives are plans that leave "
+            "nothing incomplete; take a complete policy, such as 'libra'"
+        )
     graph = graph_of(model, inputs, leaves, unknown)
     problem = Problem(graph, liveness(graph), chosen)
     before = degrees(graph, (), problem.live)
@@ -63,18 +68,8 @@ def derive_rules(
         )
     _check_modules(graph, chosen)
     if not before.findings or chosen.idle:
-        return _plan(problem, before, before, Edits((), 0, ()), True)
+        return _plan(problem, before, before, Edits(), True)
     return _search(problem, before, alternatives, effort)
-
-
-def _check_alternatives(alternatives: int, policy: Policy) -> None:
-    if alternatives < 0:
-        raise InputError(f"alternatives={alternatives}: expected a number from 0 up")
-    if alternatives and not policy.complete:
-        raise InputError(
-            f"policy {policy.name!r} is partial, and alternatives are plans that leave "
-            "nothing incomplete; take a complete policy, such as 'libra'"
-        )
 
 
 def _check_modules(graph: ComputationGraph, policy: Policy) -> None:
@@ -89,28 +84,23 @@ def _check_modules(graph: ComputationGraph, policy: Policy) -> None:
 
 
 def _search(problem: Problem, before: Degrees, alternatives: int, effort: float) -> Plan:
-    """The cheapest plan, with the next ones."""
-    solved = solve(problem, alternatives, effort)
-    made = solved.edits()
-    if made.obstacles:
-        after = degrees(problem.graph, made.edits, problem.live)
-        raise NoPlanError(obstacle_words(problem, after, made.obstacles))
-    best = _plan(problem, before, _label(problem, made), made, solved.optimal)
-    others = []
-    for choice in solved.next_best(alternatives):
-        made = solved.edits(choice)
-        others.append(_plan(problem, before, _label(problem, made), made, solved.searched))
+    solved = Solved(problem, alternatives, effort)
+    choices = [(), *solved.next_best(alternatives)]
+    best, *others = [_labelled(problem, before, solved, choice) for choice in choices]
     return replace(best, alternatives=tuple(others), stopped=not solved.searched)
 
 
-def _label(problem: Problem, made: Edits) -> Degrees:
-    """The labelling as `degrees` has it, which knows nothing of the search."""
-    graph = problem.graph
+def _labelled(problem: Problem, before: Degrees, solved: Solved, choice: Sequence[int]) -> Plan:
+    """One solution as a plan, by the labelling that `degrees` has, which knows nothing of the
+    search."""
+    graph, made = problem.graph, solved.edits(choice)
     after = degrees(graph, made.edits, problem.live)
+    if made.obstacles:
+        raise NoPlanError(obstacle_words(problem, after, made.obstacles))
     if problem.policy.complete and after.findings:
         reasons = "; ".join(f"{graph.describe(n)}: {f.reason}" for n, f in after.findings.items())
         raise AssertionError(f"error of the library: the plan derived leaves {reasons}")
-    return after
+    return _plan(problem, before, after, made, solved.searched if choice else solved.optimal)
 
 
 def _plan(problem: Problem, before: Degrees, after: Degrees, made: Edits, optimal: bool) -> Plan:

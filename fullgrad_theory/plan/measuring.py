@@ -8,10 +8,9 @@ nothing: the verdict is numeric at most.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,11 +26,9 @@ from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..operators.record import Operator
 from ..operators.relations import Mode, Relation
-from .equations import Equations
 from .probe import Probe
-from .sampling import points
 from .states import unregistered
-from .witnesses import Witness
+from .witnesses import Equations, Witness
 from .words import relation_words
 
 
@@ -50,10 +47,8 @@ class Measured(Operator):
         plain = Mode(None, self.relations)
         if "secant" not in self.edits:
             return (plain,)
-        domain = (1,) if self.origin else None
-        return plain, Mode(
-            "secant", (Relation((((self.signature, Fraction(1)),),), domain=domain),)
-        )
+        term = ((self.signature, Fraction(1)),)
+        return plain, Mode("secant", (Relation((term,), domain=(1,) if self.origin else None),))
 
 
 def graph_of(
@@ -64,9 +59,7 @@ def graph_of(
         raise InputError(f"unknown={unknown!r}: choose 'error' or 'measure'")
     if isinstance(model, ComputationGraph) and leaves:
         raise InputError("a traced graph has its leaves already: trace(model, inputs, leaves=...)")
-    graph = model
-    if not isinstance(graph, ComputationGraph):
-        graph = trace(graph, inputs, leaves=leaves)
+    graph = model if isinstance(model, ComputationGraph) else trace(model, inputs, leaves=leaves)
     return measure(graph) if unknown == "measure" else graph
 
 
@@ -86,36 +79,20 @@ def measure(graph: ComputationGraph, seed: int = 0) -> ComputationGraph:
             "values, or register it with its class and degree rule"
         )
     found: dict[str, Operator] = {}
-    _Capture(graph, calls, found, seed).run(
-        *pytree.tree_leaves((graph.args, graph.kwargs)), enable_io_processing=False
-    )
+
+    class Capture(fx.Interpreter):
+        """Runs the model, and measures the calls asked for at the values that reach them."""
+
+        def run_node(self, n: fx.Node) -> Any:
+            if n.name in calls:
+                where, values = graph.describe(n.name), self.fetch_args_kwargs_from_env(n)
+                found[n.name] = _judge(Probe(n, calls[n.name], values, where, seed))
+            with torch.no_grad():
+                return super().run_node(n)
+
+    values = pytree.tree_leaves((graph.args, graph.kwargs))
+    Capture(graph.fx).run(*values, enable_io_processing=False)
     return replace(graph, measured={**graph.measured, **found})
-
-
-class _Capture(fx.Interpreter):
-    """Runs the model, and measures the calls asked for at the values that reach them."""
-
-    def __init__(
-        self,
-        graph: ComputationGraph,
-        calls: Mapping[str, Call],
-        found: dict[str, Operator],
-        seed: int,
-    ) -> None:
-        super().__init__(graph.fx)
-        self.traced, self.calls, self.found, self.seed = graph, calls, found, seed
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.name in self.calls:
-            where = self.traced.describe(n.name)
-            values = self.fetch_args_kwargs_from_env(n)
-            generator = torch.Generator().manual_seed(self.seed)
-            self.found[n.name] = _judge(Probe(n, self.calls[n.name], values, where, generator))
-        with torch.no_grad():
-            return super().run_node(n)
-
-
-# --------------------------------------------------------------------------- the judgement
 
 
 @dataclass(frozen=True)
@@ -134,13 +111,18 @@ NO_GRADIENT = _Finding(Relation(frozen=True), Algebra.FREEZING, ("carries no gra
 
 
 def _judge(probe: Probe) -> Measured:
-    """Everything that was found of a call, as an entry for this call alone."""
     if not probe.names:  # only integers and flags move: nothing can carry gradient
         outputs = probe.node.meta.get("val")
         count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
         return _entry(probe, [replace(NO_GRADIENT, notes=())] * count, "reads no float")
-    outputs = _first_outputs(probe)
-    near, far = points(probe)
+    try:
+        _, outputs = probe.watched(probe.example)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{probe.where} does not run in float64, in which it would be measured "
+            f"({str(error).splitlines()[0]}); register it with its class and degree rule"
+        ) from error
+    near, far = probe.points()
     if not near:
         raise InputError(f"{probe.where}: its value at the example inputs is not finite")
     findings = [
@@ -149,23 +131,11 @@ def _judge(probe: Probe) -> Measured:
         else NO_GRADIENT
         for i, value in enumerate(outputs)
     ]
-    notes = [
-        (f"output {i}: " if len(findings) > 1 else "") + ", ".join(finding.notes)
-        for i, finding in enumerate(findings)
-    ]
+    notes = [", ".join(finding.notes) for finding in findings]
+    if len(notes) > 1:
+        notes = [f"output {i}: {note}" for i, note in enumerate(notes)]
     note = f"measured at {len(near) + len(far)} points: {'; '.join(notes)}"
     return _entry(probe, findings, note)
-
-
-def _first_outputs(probe: Probe) -> list[Any]:
-    """Its outputs at the example values, on the tape."""
-    try:
-        return probe(probe.example.watched)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{probe.where} does not run in float64, in which it would be measured "
-            f"({str(error).splitlines()[0]}); register it with its class and degree rule"
-        ) from error
 
 
 def _entry(probe: Probe, findings: list[_Finding], note: str) -> Measured:
@@ -189,60 +159,47 @@ def _entry(probe: Probe, findings: list[_Finding], note: str) -> Measured:
 
 def _signature(relations: tuple[Relation, ...], bias: str) -> str:
     """The relations in the registry's language, for a reader and for what is added at a node."""
-
-    def of(relation: Relation) -> str:
-        if relation.frozen:
-            return "-"
+    constant = [bias] if bias else []
+    outputs = []
+    for relation in relations:
         products = ["*".join(n if p == 1 else f"{n}^{p}" for n, p in t) for t in relation.terms]
-        return " + ".join([*products, *([bias] if bias else [])])
-
-    return " ; ".join(map(of, relations))
-
-
-# --------------------------------------------------------------------------- one output
+        outputs.append("-" if relation.frozen else " + ".join([*products, *constant]))
+    return " ; ".join(outputs)
 
 
-@dataclass(frozen=True)
 class _Law:
     """The equations between degrees, from rows near the example and far from it.
 
     `affine`: those of v - f(0), f(0) being a bias.
     """
 
-    near: Tensor
-    far: Tensor
-    affine: bool
+    def __init__(self, witness: Witness, affine: bool) -> None:
+        self.witness, self.affine = witness, affine
+        self.near = witness.rows(witness.near, affine)
+        self.far = witness.rows(witness.far, affine)
+        rows = torch.cat([self.near, self.far])
+        self.carries_gradient = bool(rows[:, 1:].any())
+        self.equations = Equations.of(rows)
 
-    @classmethod
-    def of(cls, witness: Witness, affine: bool) -> _Law:
-        return cls(witness.rows(witness.near, affine), witness.rows(witness.far, affine), affine)
-
-    @property
-    def carries_gradient(self) -> bool:
-        return bool(torch.cat([self.near, self.far])[:, 1:].any())
-
-    @cached_property
-    def equations(self) -> Equations:
-        return Equations.of(torch.cat([self.near, self.far]))
-
-    def scales(self, witness: Witness) -> bool:
+    def scales(self) -> bool:
         """Whether the values scale so; those of an edited backward need not."""
-        return not witness.is_derivative or witness.scales(self.equations, self.affine)
+        edited = not self.witness.is_derivative
+        return edited or self.witness.scales(self.equations, self.affine)
 
-    def contradiction(self, names: Sequence[str]) -> str:
+    def contradiction(self) -> str:
         """Other equations at the example than elsewhere; where all is zero at the example, none."""
-        if not bool(self.near.any()) or not bool(self.far.any()):
-            return ""
         here, there = Equations.of(self.near), Equations.of(self.far)
-        if here == there or not (here.rational and there.rational):
-            return ""
-        a, b = (relation_words(one.relation(names)) for one in (here, there))
-        return f"at the example inputs it has {a}, at other points {b}"
+        if here != there and here.rows and there.rows:
+            names = self.witness.probe.names
+            a, b = (relation_words(one.relation(names)) for one in (here, there))
+            return f"at the example inputs it has {a}, at other points {b}"
+        if not self.scales():
+            return "its degrees by its backward are not those that scaling shows"
+        return ""
 
 
 def _judge_output(witness: Witness) -> _Finding:
-    """What one output's backward is consistent with, and what else was seen of it."""
-    law, names = _Law.of(witness, affine=False), witness.probe.names
+    law, names = _Law(witness, affine=False), witness.probe.names
     if not law.carries_gradient:
         return NO_GRADIENT
     said = (
@@ -251,11 +208,9 @@ def _judge_output(witness: Witness) -> _Finding:
         else f"its backward is NOT the derivative of its forward (gap {witness.gap:.0e} of it)"
     )
     if not law.equations.degree_free and witness.has_bias:
-        affine = _Law.of(witness, affine=True)
-        law = affine if affine.equations.degree_free and affine.scales(witness) else law
-    contradiction = law.contradiction(names)
-    if not contradiction and not law.scales(witness):
-        contradiction = "its degrees by its backward are not those that scaling shows"
+        affine = _Law(witness, affine=True)
+        law = affine if affine.equations.degree_free and affine.scales() else law
+    contradiction = law.contradiction()
     if contradiction:
         none = Relation(zero=tuple(names))
         return _Finding(none, Algebra.SMOOTH, (said, contradiction), contradiction)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,12 @@ from ..edits.kinds import Edit, edit_of_data
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph, holds_tensor
 from ..operators.calls import target_name
-from .text import PlanText
-from .text import compress as compress
+from .words import PlanText
+from .words import compress as compress
 
 FORMAT = "fullgrad-theory plan 1"
+AS_THEY_ARE = ("policy", "cost", "optimal", "stopped", "fingerprint")
+"""what a file holds of a plan in no other form"""
 
 
 def fingerprint(graph: ComputationGraph) -> str:
@@ -120,8 +123,6 @@ class Plan:
                 "derive it again with derive_rules(model, inputs)"
             )
 
-    # ------------------------------------------------------------------ as a file
-
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with its alternatives, factors as text."""
         text = json.dumps(self.to_data(), indent=1, ensure_ascii=False)
@@ -130,10 +131,8 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read what `save` wrote; raises `PlanError` where the file holds no plan."""
-        try:
+        with _reading(str(path)):
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise _no_plan(str(path), error) from error
         return Plan.of_data(data, str(path))
 
     def to_data(self) -> dict[str, Any]:
@@ -146,14 +145,10 @@ class Plan:
 
         Raises `PlanError` where it is none; `source` is what the message calls it.
         """
-        try:
+        with _reading(source):
             if data["format"] != FORMAT:
                 raise PlanError(f"{source} has the format {data['format']!r}, not {FORMAT!r}")
             return _plan_of(data)
-        except PlanError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _no_plan(source, error) from error
 
 
 def _data_of(plan: Plan) -> dict[str, Any]:
@@ -163,8 +158,7 @@ def _data_of(plan: Plan) -> dict[str, Any]:
         | ({"cuts": list(plan.cuts[edit])} if edit in plan.cuts else {})
         for edit in plan.edits
     ]
-    chosen = ("policy", "cost", "optimal", "stopped", "fingerprint")
-    return {key: getattr(plan, key) for key in chosen} | {
+    return {key: getattr(plan, key) for key in AS_THEY_ARE} | {
         "edits": edits,
         "left": list(plan.left),
         "where": {node: list(where) for node, where in plan.where.items()},
@@ -175,21 +169,23 @@ def _data_of(plan: Plan) -> dict[str, Any]:
 def _plan_of(data: Mapping[str, Any]) -> Plan:
     edits = [(edit_of_data(entry), entry) for entry in data["edits"]]
     return Plan(
-        tuple(edit for edit, _ in edits),
-        data["policy"],
-        {edit: str(entry["reason"]) for edit, entry in edits},
-        data["cost"],
-        data["optimal"],
-        data["fingerprint"],
-        tuple(data["left"]),
-        {node: (operation, module) for node, (operation, module) in data["where"].items()},
-        {edit: tuple(entry["cuts"]) for edit, entry in edits if "cuts" in entry},
-        tuple(_plan_of(other) for other in data["alternatives"]),
-        data["stopped"],
+        **{key: data[key] for key in AS_THEY_ARE},
+        edits=tuple(edit for edit, _ in edits),
+        reasons={edit: str(entry["reason"]) for edit, entry in edits},
+        left=tuple(data["left"]),
+        where={node: (operation, module) for node, (operation, module) in data["where"].items()},
+        cuts={edit: tuple(entry["cuts"]) for edit, entry in edits if "cuts" in entry},
+        alternatives=tuple(map(_plan_of, data["alternatives"])),
     )
 
 
-def _no_plan(source: str, error: Exception) -> PlanError:
-    return PlanError(
-        f"{source} holds no plan ({type(error).__name__}: {error}); write one with plan.save"
-    )
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except PlanError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(
+            f"{source} holds no plan ({type(error).__name__}: {error}); write one with plan.save"
+        ) from error

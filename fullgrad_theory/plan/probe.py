@@ -1,8 +1,9 @@
-"""One call of a graph as a function of the float operands that move, in float64."""
+"""One call of a graph as a function of the float operands that move, in float64, and the points it
+is probed at: its example values and ones near them, and random ones far from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
-from ..operators.calls import Call
+from ..operators.calls import Call, Running
+
+STEP = 0.02
+"""how far from the example a near point is, relative"""
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,11 @@ class Point:
     """Values of the operands that move, and of the weights that differ from the example's."""
 
     operands: Mapping[str, Tensor]
-    weights: Mapping[int, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def moved(self, operands: Mapping[str, Tensor]) -> Point:
         """Other operands with the same weights."""
         return Point(operands, self.weights)
-
-    @property
-    def watched(self) -> Point:
-        """The same values as leaves of autograd."""
-        return self.moved(
-            {n: u.detach().clone().requires_grad_() for n, u in self.operands.items()}
-        )
 
     @property
     def zeroed(self) -> Point:
@@ -43,67 +40,32 @@ class Point:
         return self.moved(scaled)
 
 
-@dataclass(frozen=True)
-class Pulled:
-    """A random cotangent c of one output v, the J_i^T c by operand, and v itself."""
-
-    cotangent: Tensor
-    gradients: Mapping[str, Tensor]
-    value: Tensor
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Probe:
     """The call at the values that reached it. `names`: the operands that it is a function of.
 
-    `weights`: the places of the float tensors that do not move, among the flattened arguments
-    `flat`. `hidden`: whether an operand that moves is no float: nothing can be said of how.
+    `weights`: the float operands that do not move. `hidden`: whether an operand that moves is no
+    float: nothing can be said of how.
     """
 
-    def __init__(
-        self,
-        node: fx.Node,
-        call: Call,
-        values: tuple[Any, Any],
-        where: str,
-        generator: torch.Generator,
-    ) -> None:
-        self.node, self.call, self.where, self.generator = node, call, where, generator
-        self.flat, self.spec = pytree.tree_flatten(values)
-        self.nodes, _ = pytree.tree_flatten((node.args, node.kwargs))
-        self.places: dict[str, int] = {}
-        self.weights: list[int] = []
-        self.hidden = False
-        self._sort()
-        self.names = sorted(self.places)
-        self.example = Point({n: self.flat[i] for n, i in self.places.items()})
-
-    def _sort(self) -> None:
-        """Which argument is an operand that moves, and which a weight; floats in float64."""
-        names: dict[int, list[str]] = {}
-        for operand in self.call.operands:
-            if operand.name in self.call.moving:
-                names.setdefault(id(operand.node), []).append(operand.name)
-        for place, (node, value) in enumerate(zip(self.nodes, self.flat, strict=True)):
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            if floating:
-                self.flat[place] = value.detach().double()
-            if id(node) in names and floating:
-                self.places[names[id(node)].pop(0)] = place
-            elif id(node) in names:
-                self.hidden = True
-            elif floating:
-                self.weights.append(place)
+    def __init__(self, node: fx.Node, call: Call, values: Any, where: str, seed: int) -> None:
+        self.node, self.call, self.where = node, call, where
+        self.generator = torch.Generator().manual_seed(seed)
+        args, kwargs = pytree.tree_map(
+            lambda v: v.detach().double() if _is_floating(v) else v, values
+        )
+        self.running = Running(call, node.target, args, kwargs)  # type: ignore[arg-type]
+        floats = {n: v for n, v in self.running.values.items() if _is_floating(v)}
+        self.weights = {n: v for n, v in floats.items() if n not in call.moving}
+        self.example = Point({n: v for n, v in floats.items() if n in call.moving})
+        self.names = sorted(self.example.operands)
+        self.hidden = len(self.names) < len(call.moving)
 
     def __call__(self, point: Point) -> list[Any]:
-        """Its outputs there."""
-        flat = list(self.flat)
-        for place, tensor in point.weights.items():
-            flat[place] = tensor
-        for name, tensor in point.operands.items():
-            flat[self.places[name]] = tensor
-        args, kwargs = pytree.tree_unflatten(flat, self.spec)
-        value = self.node.target(*args, **kwargs)  # type: ignore[operator]
-        return list(value) if isinstance(value, (tuple, list)) else [value]
+        return self.running.at({**point.weights, **point.operands})
 
     def runs(self, point: Point) -> bool:
         """Whether it has finite values there."""
@@ -112,52 +74,81 @@ class Probe:
                 found = self(point)
         except (RuntimeError, ValueError):
             return False
-        return all(
-            bool(torch.isfinite(v).all())
-            for v in found
-            if isinstance(v, Tensor) and v.is_floating_point()
-        )
+        return all(bool(torch.isfinite(v).all()) for v in found if _is_floating(v))
 
     def value(self, point: Point, output: int) -> Tensor:
         with torch.no_grad():
             return self(point)[output].double()
 
-    def pulled(self, point: Point, output: int, count: int) -> list[Pulled]:
-        """Vector-Jacobian products of one output with `count` random cotangents."""
-        watched = point.watched
-        with torch.enable_grad():
-            value = self(watched)[output]
-        rows = []
-        for k in range(count):
-            cotangent = self.noise(value)
-            gradients = self._gradients(value, watched, cotangent, retain=k < count - 1)
-            rows.append(Pulled(cotangent, gradients, value.detach()))
-        return rows
+    def pulled(
+        self, point: Point, output: int, count: int = 1
+    ) -> list[tuple[Tensor, dict[str, Tensor], Tensor]]:
+        """`count` random cotangents c of one output v, each with the J_i^T c by operand, and v."""
+        leaves, outputs = self.watched(point)
+        value = outputs[output]
+        cotangents = [self.noise(value) for _ in range(count)]
+        return [(c, self._gradients(value, leaves, c), value.detach()) for c in cotangents]
 
     def slope(self, point: Point, output: int, cotangent: Tensor | None = None) -> Tensor:
         """J^T c in the only operand; c is 1 by default."""
-        watched = point.watched
+        leaves, outputs = self.watched(point)
+        c = torch.ones_like(outputs[output]) if cotangent is None else cotangent
+        return self._gradients(outputs[output], leaves, c)[self.names[0]]
+
+    def watched(self, point: Point) -> tuple[dict[str, Tensor], list[Any]]:
+        """Leaves of autograd with a point's values, and the outputs there, on the tape."""
+        leaves = {n: u.detach().clone().requires_grad_() for n, u in point.operands.items()}
         with torch.enable_grad():
-            value = self(watched)[output]
-        cotangent = torch.ones_like(value) if cotangent is None else cotangent
-        return self._gradients(value, watched, cotangent)[self.names[0]]
+            return leaves, self(point.moved(leaves))
 
     def _gradients(
-        self, value: Tensor, watched: Point, cotangent: Tensor, retain: bool = False
+        self, value: Tensor, leaves: Mapping[str, Tensor], cotangent: Tensor
     ) -> dict[str, Tensor]:
-        leaves = list(watched.operands.values())
         try:
             found = torch.autograd.grad(
-                value, leaves, cotangent, allow_unused=True, retain_graph=retain
+                value, list(leaves.values()), cotangent, allow_unused=True, retain_graph=True
             )
         except (RuntimeError, NotImplementedError) as error:
             raise InputError(
                 f"{self.where}: its backward cannot be run ({str(error).splitlines()[0]}); "
                 "give it one (register_autograd), or detach what it reads"
             ) from error
-        pairs = zip(watched.operands.items(), found, strict=True)
+        pairs = zip(leaves.items(), found, strict=True)
         return {n: torch.zeros_like(u) if g is None else g for (n, u), g in pairs}
+
+    def points(self) -> tuple[list[Point], list[Point]]:
+        """Points near the example, and random ones; those where nothing finite comes out are left
+        out."""
+        count = len(self.names) + 2
+        near = [self.example, *(self._drawn(self._near) for _ in range(count))]
+        ones = dict.fromkeys(self.names, Fraction(1))
+        far = [self._reweighed(self._drawn(self._near).scaled(ones, t)) for t in (0.5, 3.0)]
+        for draw in (self._resampled, self._normal):
+            far += [self._reweighed(self._drawn(draw)) for _ in range(count)]
+        return list(filter(self.runs, near)), list(filter(self.runs, far))
 
     def noise(self, like: Tensor) -> Tensor:
         """Normal numbers of that shape, dtype and device; the draws of a probe are in order."""
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+
+    def _drawn(self, draw: Callable[[Tensor], Tensor]) -> Point:
+        return Point({n: draw(u) for n, u in self.example.operands.items()})
+
+    def _near(self, u: Tensor) -> Tensor:
+        return u * (1.0 + STEP * self.noise(u))
+
+    def _resampled(self, u: Tensor) -> Tensor:
+        """The example's own values in other places: whatever signs and ranges it needs it has."""
+        index = torch.randint(u.numel(), (u.numel(),), generator=self.generator)
+        return u.flatten()[index.to(u.device)].view(u.shape) * (1.0 + 0.1 * self.noise(u))
+
+    def _normal(self, u: Tensor) -> Tensor:
+        return (float(u.square().mean().sqrt()) or 1.0) * self.noise(u)
+
+    def _reweighed(self, point: Point) -> Point:
+        """The point with other weights than the example's: a few per cent off, none of them 0."""
+        weights = {}
+        for name, w in self.weights.items():
+            off = w * (1.0 + 0.1 * self.noise(w))
+            weights[name] = off if bool(w.any()) else off + 0.1 * self.noise(w)
+        return Point(point.operands, weights)

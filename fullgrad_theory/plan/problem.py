@@ -1,15 +1,16 @@
 """A graph and a policy as the labelling problem: prices at each node, and the pieces it falls into.
 
 The graph is cut where every gradient path passes one value whose degree must be 1 (the residual
-stream); the pieces are solved one by one, equal ones once.
+stream); the pieces are solved one by one. They hold no names, so that equal ones are solved once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import lcm
 
 from torch import fx
 
@@ -18,11 +19,108 @@ from ..edits.kinds import OWN, Prune
 from ..graph.computation import ComputationGraph
 from ..graph.sources import module_path
 from ..operators.algebra import Algebra
-from ..operators.calls import Call, target_name
+from ..operators.calls import target_name
 from ..operators.registry import REGION
 from ..operators.relations import Mode, Relation
-from .piece import INPUT, Edge, NodeProblem, Piece, PricedMode, Value
 from .states import Liveness, State
+
+Value = tuple[str | int, int]
+"""a node (by its place in the piece, in a graph by its name) and which of its outputs"""
+INPUT: Value = ("", 0)
+"""a value of degree 1 from before: a source, or the cut that the piece starts at"""
+FINEST = 24
+"""degrees with a denominator beyond this are not looked for"""
+NEVER = 10**5
+"""the cost of leaving a node that the policy does not leave: what is left then is the obstacle"""
+LAST_OF_ALL = 20 * NEVER
+"""an operation without a degree is rather the obstacle than the sum or the end it leads to"""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a node reads: the value (None: a frozen one), the cost of pruning it (None: never)."""
+
+    argument: str
+    value: Value | None
+    prune: int | None = None
+
+
+@dataclass(frozen=True)
+class NodeProblem:
+    """What can be done at a node. `modes`: those that the policy allows, with what each costs.
+
+    `live`: which outputs carry gradient; `small`: whose degree can only be 0 or 1. `leave`: the
+    cost of leaving it inconsistent, None where that is not allowed. `is_end`: its degree must be 1.
+    """
+
+    modes: tuple[tuple[Mode, int], ...]
+    edges: tuple[Edge, ...]
+    live: tuple[bool, ...]
+    small: tuple[bool, ...]
+    leave: int | None
+    eps: bool
+    is_end: bool = False
+
+    @property
+    def read(self) -> tuple[tuple[str, Value], ...]:
+        """The values it reads that are not frozen, by argument."""
+        return tuple((e.argument, e.value) for e in self.edges if e.value is not None)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether it has one output, whose degree may be other than 0 and 1."""
+        return self.live == (True,) and self.small == (False,)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The nodes between one cut of the graph and the next."""
+
+    nodes: tuple[NodeProblem, ...]
+
+    @cached_property
+    def denominator(self) -> int:
+        """A common denominator of the degrees."""
+        finest: dict[Value | None, int] = {INPUT: 1, None: 1}
+        for place, node in enumerate(self.nodes):
+            read = {edge.argument: finest[edge.value] for edge in node.edges}
+            for i, small in enumerate(node.small):
+                terms = [] if small else [t for m, _ in node.modes for t in m.outputs[i].terms]
+                common = lcm(*(read[name] * e.denominator for term in terms for name, e in term))
+                finest[place, i] = common if common <= FINEST else 1
+        return lcm(*finest.values())
+
+    @cached_property
+    def _uses(self) -> Counter[Value]:
+        return Counter(value for node in self.nodes for _, value in node.read)
+
+    def is_small(self, value: Value) -> bool:
+        """Whether a value's degree can only be 0 or 1."""
+        place, output = value
+        return value == INPUT or self.nodes[int(place)].small[output]
+
+    def scales_before(self, place: int) -> bool:
+        """Whether a scale here is a scale at the only value read, which nobody else reads."""
+        read = self.nodes[place].read
+        return len(read) == 1 and self._uses[read[0][1]] == 1 and self.moves(place, *read[0])
+
+    def moves(self, place: int, argument: str, value: Value) -> bool:
+        """Whether a scale here is one at the value read, if gradient takes no other edge."""
+        if value == INPUT:
+            return False
+        before = self.nodes[int(value[0])]
+        terms = [t for m, _ in self.nodes[place].modes for r in m.outputs for t in r.terms]
+        linear = all(power == 1 for term in terms for name, power in term if name == argument)
+        return not before.is_end and before.scalable and linear
+
+    def relaxed(self) -> Piece:
+        """The same, but that every node can be left: at a price that makes it the obstacle."""
+        nodes = []
+        for node in self.nodes:
+            has_degree = any(r.terms for r in node.modes[0][0].outputs)
+            price = LAST_OF_ALL if has_degree else NEVER
+            nodes.append(replace(node, leave=price if node.leave is None else node.leave))
+        return Piece(tuple(nodes))
 
 
 class Problem:
@@ -39,58 +137,58 @@ class Problem:
     def nodes(self) -> dict[str, NodeProblem]:
         """The live calls from which an output is reached, in graph order."""
         read = self._read()
-        values = Counter(v[0] for operands in read.values() for v in operands.values() if v)
-        uses = values + Counter(self.ends)
+        uses = Counter(v[0] for operands in read.values() for v in operands.values() if v)
+        uses.update(self.ends)
         small: dict[Value | None, bool] = {INPUT: True, None: True}
-        return {name: self._node(name, read[name], uses[name], small) for name in read}
+        nodes = {}
+        for name, operands in read.items():
+            node = self._node(name, operands, uses[name], small)
+            small |= {(name, i): is_small for i, is_small in enumerate(node.small)}
+            nodes[name] = node
+        return nodes
 
     def _node(
         self,
         name: str,
         read: Mapping[str, Value | None],
         uses: int,
-        small: dict[Value | None, bool],
+        small: Mapping[Value | None, bool],
     ) -> NodeProblem:
-        """The problem of one node; writes down which of its outputs are small."""
-        call = self.live.calls[name]
-        priced = [(m, _mode_cost(self.policy, call, m)) for m in call.operator.modes(call)]
-        modes = tuple(PricedMode(m.edit, c, m.outputs) for m, c in priced if c is not None)
-        states = self.live.states[name]
-        for i in range(len(states)):
-            small[name, i] = all(_is_small(m.relations[i], read, small) for m in modes)
+        call, states = self.live.calls[name], self.live.states[name]
+        modes = []
+        for mode in call.operator.modes(call):
+            # a region was folded by the user, in order to be integrated
+            free = mode.edit is None or call.operator is REGION
+            cost = 0 if free else OWN[mode.edit].price(self.policy, mode)  # type: ignore[index]
+            modes += [(mode, cost)] if cost is not None else []
         # the only edge into a node that is read once: pruning the reader's edge is the same
         meets = sum(value is not None for value in read.values()) > 1 or uses != 1
         return NodeProblem(
-            modes,
+            tuple(modes),
             tuple(
                 Edge(a, v, self._prune_cost(name, a) if meets else None) for a, v in read.items()
             ),
             tuple(state is State.LIVE for state in states),
-            tuple(small[name, i] for i in range(len(states))),
+            tuple(
+                all(_is_small(mode.outputs[i], read, small) for mode, _ in modes)
+                for i in range(len(states))
+            ),
             self.policy.leave_cost(call),
             call.eps,
             name in self.ends,
         )
 
-    # ------------------------------------------------------------------ what is read
-
     def _read(self) -> dict[str, dict[str, Value | None]]:
         """What each of those calls reads, by argument, in graph order."""
         reaching = set(self.ends)
-        read = {}
-        for name in reversed(self.graph.nodes):
+        read: dict[str, dict[str, Value | None]] = {}
+        for name, node in reversed(self.graph.nodes.items()):
             if name in reaching and name not in self.live.sources:
-                read[name] = self._operands(name)
+                call = self.live.calls.get(name)
+                operands = [o for o in call.operands if o.name in call.moving] if call else []
+                read[name] = {o.name: self._value(node, o.node) for o in operands if o.node}
                 reaching |= {str(value[0]) for value in read[name].values() if value is not None}
         return dict(reversed(read.items()))
-
-    def _operands(self, name: str) -> dict[str, Value | None]:
-        call = self.live.calls.get(name)
-        if call is None:
-            return {}
-        node = self.graph.nodes[name]
-        read = [(o.name, o.node) for o in call.operands if o.name in call.moving]
-        return {n: self._value(node, o) for n, o in read if o is not None}
 
     def _value(self, user: fx.Node, operand: fx.Node) -> Value | None:
         """Which output of `operand` is read; None where it is frozen. As `degrees` reads it."""
@@ -101,8 +199,6 @@ class Problem:
         if states[item] is not State.LIVE:
             return None
         return INPUT if operand.name in self.live.sources else (operand.name, item)
-
-    # ------------------------------------------------------------------ what a prune costs
 
     def _prune_cost(self, name: str, argument: str) -> int | None:
         """What pruning an edge costs, by the operation whose value it holds fixed.
@@ -125,8 +221,6 @@ class Problem:
             (moved,) = call.moving
             value = call.node(moved)
         return Prune.price(self.policy, None, modules)
-
-    # ------------------------------------------------------------------ pieces
 
     def pieces(self) -> Iterator[list[str]]:
         """The names between one cut and the next; at a cut the degree must be 1.
@@ -156,25 +250,17 @@ class Problem:
         """A piece with places for names, by which equal ones are known."""
         place = {name: i for i, name in enumerate(names)}
 
-        def local(value: Value | None) -> Value | None:
-            if value is None:
-                return None
-            return (place[str(value[0])], value[1]) if value[0] in place else INPUT
+        def local(edge: Edge) -> Edge:
+            if edge.value is None:
+                return edge
+            node, output = edge.value
+            return replace(edge, value=(place[str(node)], output) if node in place else INPUT)
 
-        def placed(node: NodeProblem) -> NodeProblem:
-            return replace(node, edges=tuple(replace(e, value=local(e.value)) for e in node.edges))
-
-        nodes = [placed(self.nodes[name]) for name in names]
+        nodes = [self.nodes[name] for name in names]
+        nodes = [replace(node, edges=tuple(map(local, node.edges))) for node in nodes]
         if nodes[-1].small == (True,):
             nodes[-1] = replace(nodes[-1], is_end=True)
         return Piece(tuple(nodes))
-
-
-def _mode_cost(policy: Policy, call: Call, mode: Mode) -> int | None:
-    """What the policy asks; a region was folded by the user, in order to be integrated."""
-    if mode.edit is None or call.operator is REGION:
-        return 0
-    return OWN[mode.edit].price(policy, mode)
 
 
 def _is_small(

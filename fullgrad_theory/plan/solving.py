@@ -1,4 +1,4 @@
-"""The pieces of a problem solved, equal ones once, and put together."""
+"""What is done to the pieces of a problem: each solved, equal ones once, and put together."""
 
 from __future__ import annotations
 
@@ -6,33 +6,96 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..edits.costs import Policy
-from ..edits.kinds import Edit
+from ..edits.kinds import OWN, Edit, Prune, Scale
 from ..errors import NoPlanError
-from .piece import Piece
-from .problem import Problem
-from .solution import FREE, LEAVE, Solution
+from ..operators.calls import Call
+from .problem import Piece, Problem
+
+LEAVE = "leave"
+"""a node is left inconsistent"""
+FREE = "free"
+"""an end may have a degree other than 1"""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done at one place of a piece, by an edit's kind or by `LEAVE` or `FREE`, at a cost.
+
+    `degree`: the one that a scale makes 1.
+    """
+
+    place: int
+    kind: str
+    cost: int
+    argument: str = ""
+    degree: Fraction = Fraction(1)
+
+    @property
+    def spot(self) -> tuple[int, str, str]:
+        """What it has in common with the same decision of another solution."""
+        return self.place, self.kind, self.argument
+
+    def edits(self, node: str, call: Call, policy: Policy) -> list[Edit]:
+        """The edits that it makes at its node."""
+        if self.kind == Prune.kind:
+            return [Prune(node, self.argument)]
+        if self.kind == Scale.kind:
+            return [Scale(node, 1 / self.degree)]
+        if self.kind == FREE:
+            return []
+        if self.kind == LEAVE:
+            factors = policy.edge_factors(call).items()
+            return [Scale(node, factor, edge) for edge, factor in factors if edge in call.moving]
+        return [OWN[self.kind](node)]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The decisions for a piece, in graph order, and whether that is proven to be the cheapest."""
+
+    decisions: tuple[Decision, ...]
+    proven: bool
+
+    @property
+    def cost(self) -> int:
+        """What it costs, with what is left."""
+        return sum(decision.cost for decision in self.decisions)
 
 
 @dataclass(frozen=True)
 class Edits:
     """The edits of a graph in graph order, what they cost, and the nodes that stand in the way."""
 
-    edits: tuple[Edit, ...]
-    cost: int
-    obstacles: tuple[str, ...]
+    edits: tuple[Edit, ...] = ()
+    cost: int = 0
+    obstacles: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class Solved:
-    """The pieces of a graph, for each which problem it is; for each problem its solutions in order
-    of cost, and whether all that were asked for (or all there are) were found."""
+    """The cheapest solution of each piece of a problem, and up to `alternatives` more of each.
 
-    problem: Problem
-    pieces: tuple[tuple[tuple[str, ...], int], ...]
-    solutions: tuple[tuple[Solution, ...], ...]
-    searched: bool
+    `pieces`: the names in each, and which of the different ones it is; `solutions`: of each of
+    these, in order of cost; `searched`: whether all that were asked for (or there are) were found.
+    Raises `NoPlanError` where the search met its limit before it found any.
+    """
+
+    def __init__(self, problem: Problem, alternatives: int, effort: float) -> None:
+        self.problem = problem
+        self.pieces: list[tuple[list[str], int]] = []
+        self.solutions: list[list[Solution]] = []
+        self.searched = True
+        known: dict[Piece, int] = {}
+        for names in problem.pieces():
+            piece = problem.without_names(names)
+            if piece not in known:
+                known[piece] = len(known)
+                found, all_found = _solve(piece, problem.policy, alternatives, effort)
+                self.solutions.append(found)
+                self.searched &= all_found
+            self.pieces.append((names, known[piece]))
 
     @property
     def optimal(self) -> bool:
@@ -70,29 +133,9 @@ class Solved:
         return [choice for _, choice in best[1:]]
 
 
-def solve(problem: Problem, alternatives: int, effort: float) -> Solved:
-    """The cheapest solution of each piece, and up to `alternatives` more of each.
-
-    Raises `NoPlanError` where the search met its limit before it found any.
-    """
-    known: dict[Piece, int] = {}
-    pieces: list[tuple[tuple[str, ...], int]] = []
-    solutions: list[tuple[Solution, ...]] = []
-    searched = True
-    for names in problem.pieces():
-        piece = problem.without_names(names)
-        if piece not in known:
-            known[piece] = len(solutions)
-            found, all_found = _solve_piece(piece, problem.policy, alternatives, effort)
-            solutions.append(found)
-            searched &= all_found
-        pieces.append((tuple(names), known[piece]))
-    return Solved(problem, tuple(pieces), tuple(solutions), searched)
-
-
-def _solve_piece(
+def _solve(
     piece: Piece, policy: Policy, alternatives: int, effort: float
-) -> tuple[tuple[Solution, ...], bool]:
+) -> tuple[list[Solution], bool]:
     """The cheapest solution, the next ones, and whether all that were asked for were found.
 
     Where there is none, the cheapest with nodes left that the policy does not leave, or with an end
@@ -111,6 +154,6 @@ def _solve_piece(
             "the layers of the model one by one"
         )
     if not alternatives:
-        return (best,), True
+        return [best], True
     others, all_found = next_best(programme, best, alternatives, effort)
-    return (best, *others), all_found
+    return [best, *others], all_found

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import fx
@@ -29,6 +28,10 @@ class State(StrEnum):
     FROZEN = "frozen"
 
 
+States = tuple[State, ...]
+"""of a node, one an output"""
+
+
 @dataclass(frozen=True)
 class Liveness:
     """The states of all nodes (a tuple for multi-output ones), the calls that read moving values.
@@ -36,7 +39,7 @@ class Liveness:
     `sources` are the nodes attribution ends at: float inputs, and embeddings of integer inputs.
     """
 
-    states: Mapping[str, tuple[State, ...]]
+    states: Mapping[str, States]
     calls: Mapping[str, Call]
     sources: tuple[str, ...]
 
@@ -45,7 +48,7 @@ class Liveness:
         return _most(self.states[node.name])
 
 
-def _most(states: Iterable[State]) -> State:
+def _most(states: States) -> State:
     order = (State.CONSTANT, State.FROZEN, State.LIVE)
     return max(states, key=order.index, default=State.CONSTANT)
 
@@ -56,27 +59,26 @@ def liveness(graph: ComputationGraph) -> Liveness:
     Raises `UnregisteredOperationError` with every operation on the way that nobody registered.
     """
     walk = _walk(graph)
-    unknown = walk.unknown
-    if unknown:
-        nodes: dict[str, list[str]] = {}
-        for node, call in unknown.items():
-            nodes.setdefault(call.operator.name, []).append(node)
-        lines = [
-            f"  {name}: {graph.describe(calls[0])}"
-            + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
-            for name, calls in sorted(nodes.items())
-        ]
-        raise UnregisteredOperationError(
-            "these operations carry the input and are not registered:\n"
-            + "\n".join(lines)
-            + "\nregister each with its class and degree rule, a sum of products of its arguments, "
-            "for example\n"
-            "  from fullgrad_theory import Algebra, register\n"
-            + "\n".join(f"  {_entry(unknown[calls[0]])}" for _, calls in sorted(nodes.items()))
-            + "\nor have them measured as black boxes, for a verdict of numeric at most: "
-            'unknown="measure" (on the command line --unknown measure)'
-        )
-    return Liveness(walk.states, _mark_eps(graph, walk.calls), tuple(walk.sources))
+    nodes: dict[str, list[str]] = {}
+    for node, call in walk.unknown.items():
+        nodes.setdefault(call.operator.name, []).append(node)
+    if not nodes:
+        return Liveness(walk.states, _mark_eps(graph, walk.calls), tuple(walk.sources))
+    lines = [
+        f"  {name}: {graph.describe(calls[0])}"
+        + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
+        for name, calls in sorted(nodes.items())
+    ]
+    raise UnregisteredOperationError(
+        "these operations carry the input and are not registered:\n"
+        + "\n".join(lines)
+        + "\nregister each with its class and degree rule, a sum of products of its arguments, "
+        "for example\n"
+        "  from fullgrad_theory import Algebra, register\n"
+        + "\n".join(f"  {_entry(walk.unknown[calls[0]])}" for _, calls in sorted(nodes.items()))
+        + "\nor have them measured as black boxes, for a verdict of numeric at most: "
+        'unknown="measure" (on the command line --unknown measure)'
+    )
 
 
 def _entry(call: Call) -> str:
@@ -97,7 +99,7 @@ class _Walk:
     `ids`: integer values that come from an integer input alone."""
 
     graph: ComputationGraph
-    states: dict[str, tuple[State, ...]] = field(default_factory=dict)
+    states: dict[str, States] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     unknown: dict[str, Call] = field(default_factory=dict)
@@ -110,26 +112,20 @@ class _Walk:
 def _walk(graph: ComputationGraph) -> _Walk:
     walk = _Walk(graph)
     for node in graph.fx.graph.nodes:
-        state: tuple[State, ...] = (State.CONSTANT,)
-        if node.op == "placeholder":
-            state = (_input(walk, node),)
+        state: States = (State.CONSTANT,)
+        if node.op == "placeholder" and is_float(node):
+            walk.sources.append(node.name)
+            state = (State.LIVE,)
+        elif node.op == "placeholder" and holds_tensor(node):
+            walk.ids.add(node.name)
+            state = (State.FROZEN,)
         elif node.op == "call_function" and node.target not in (enter_autocast, leave_autocast):
             state = _called(walk, node)
         walk.states[node.name] = state
     return walk
 
 
-def _input(walk: _Walk, node: fx.Node) -> State:
-    if is_float(node):
-        walk.sources.append(node.name)
-        return State.LIVE
-    if holds_tensor(node):
-        walk.ids.add(node.name)
-        return State.FROZEN
-    return State.CONSTANT
-
-
-def _called(walk: _Walk, node: fx.Node) -> tuple[State, ...]:
+def _called(walk: _Walk, node: fx.Node) -> States:
     """The states of a call's outputs; writes down the call where it reads what moves."""
     known = lookup(target_name(node.target))
     moves = [n for n in node.all_input_nodes if walk.state(n) is not State.CONSTANT]
@@ -157,34 +153,12 @@ def _called(walk: _Walk, node: fx.Node) -> tuple[State, ...]:
     return _known_call(walk, node, _call(found, node, walk))
 
 
-def _known_call(walk: _Walk, node: fx.Node, call: Call) -> tuple[State, ...]:
-    _check_names(walk.graph, call, node)
-    refuses = call.operator.refuses
-    refused = refuses(call.arguments) if refuses else None
-    if refused:
-        raise UnregisteredOperationError(f"{walk.graph.describe(node.name)}: {refused}")
-    if not call.moving:  # the input lends a shape
-        return (State.CONSTANT,)
-    walk.calls[node.name] = call
-    return _result(node, call, walk)
-
-
-def _check_names(graph: ComputationGraph, call: Call, node: fx.Node) -> None:
-    """What is kept whole gets its arguments when it is traced: its degree rule is read here."""
-    if call.operator.name.startswith(LEAF) and call.operator.kind.ruled:
-        try:
-            for argument in signature_names(call.operator.signature):
-                check_argument(call.operator.name, call.arguments, argument)
-        except ValueError as error:
-            raise UnregisteredOperationError(f"{graph.describe(node.name)}: {error}") from None
-
-
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _item(states: tuple[State, ...], index: Any) -> tuple[State, ...]:
-    return (states[index],) if len(states) > 1 else states
+def _item(states: States, index: fx.node.Argument) -> States:
+    return (states[index],) if len(states) > 1 else states  # type: ignore[index, return-value]
 
 
 def _call(op: Operator, node: fx.Node, walk: _Walk) -> Call:
@@ -200,19 +174,34 @@ def _call(op: Operator, node: fx.Node, walk: _Walk) -> Call:
     return Call(op, every, arguments, moving)
 
 
-def _result(node: fx.Node, call: Call, walk: _Walk) -> tuple[State, ...]:
-    """The states of a known call's outputs, by its class."""
-    if call.operator.algebra is Algebra.FACTORY:
+def _known_call(walk: _Walk, node: fx.Node, call: Call) -> States:
+    """The states of its outputs, by its class."""
+    op = call.operator
+    _check_names(walk.graph, call, node)
+    refused = op.refuses(call.arguments) if op.refuses else None
+    if refused:
+        raise UnregisteredOperationError(f"{walk.graph.describe(node.name)}: {refused}")
+    if not call.moving:  # the input lends a shape
         return (State.CONSTANT,)
-    live = any(
-        o.node is not None and walk.state(o.node) is State.LIVE
-        for o in call.operands
-        if o.name in call.moving
-    )
-    outputs = call.operator.modes(call)[0].outputs
-    if call.operator.algebra is Algebra.FREEZING or not live or not is_float(node):
+    walk.calls[node.name] = call
+    if op.algebra is Algebra.FACTORY:
+        return (State.CONSTANT,)
+    read = [o.node for o in call.operands if o.name in call.moving and o.node is not None]
+    live = any(walk.state(value) is State.LIVE for value in read)
+    outputs = op.modes(call)[0].outputs
+    if op.algebra is Algebra.FREEZING or not live or not is_float(node):
         return (State.FROZEN,) * len(outputs)
     return tuple(State.FROZEN if r.frozen else State.LIVE for r in outputs)
+
+
+def _check_names(graph: ComputationGraph, call: Call, node: fx.Node) -> None:
+    """What is kept whole gets its arguments when it is traced: its degree rule is read here."""
+    if call.operator.name.startswith(LEAF) and call.operator.kind.ruled:
+        try:
+            for argument in signature_names(call.operator.signature):
+                check_argument(call.operator.name, call.arguments, argument)
+        except ValueError as error:
+            raise UnregisteredOperationError(f"{graph.describe(node.name)}: {error}") from None
 
 
 def _mark_eps(graph: ComputationGraph, calls: Mapping[str, Call]) -> dict[str, Call]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..edits.base import Edit
 from ..edits.costs import Policy
 from ..edits.folding import exits, fold
 from ..edits.integrating import Integrate
@@ -31,6 +30,24 @@ def integrate(
     value leaves at several places or something in it carries no gradient, and `NoPlanError`.
     """
     graph = model if isinstance(model, ComputationGraph) else trace(model, inputs)
+    edit = _region(graph, path)
+    plan = derive_rules(fold(graph, (edit,)), policy=policy)
+    alone = Integrate(edit.node)
+    if alone not in plan.edits:
+        raise NoPlanError(
+            f"under policy {plan.policy!r} no gradient passes {path}: integrate what reads it"
+        )
+    reasons = {edit if e == alone else e: reason for e, reason in plan.reasons.items()}
+    return replace(
+        plan,
+        edits=tuple(edit if e == alone else e for e in plan.edits),
+        reasons=reasons,
+        fingerprint=fingerprint(graph),
+        where={**plan.where, edit.node: ("region", path)},
+    )
+
+
+def _region(graph: ComputationGraph, path: str) -> Integrate:
     live = liveness(graph)
     inside = [
         node
@@ -49,21 +66,4 @@ def integrate(
             f"{path} cannot be integrated: {graph.describe(frozen[0].name)} carries no gradient, "
             "so the slopes along the ray do not add up to the value at its end"
         )
-    edit = Integrate(left_at[0].name, tuple(n.name for n in inside))
-    plan = derive_rules(fold(graph, (edit,)), policy=policy)
-    alone = Integrate(edit.node)
-    if alone not in plan.edits:
-        raise NoPlanError(
-            f"under policy {plan.policy!r} no gradient passes {path}: integrate what reads it"
-        )
-
-    def whole(found: Edit) -> Edit:
-        return edit if found == alone else found
-
-    return replace(
-        plan,
-        edits=tuple(map(whole, plan.edits)),
-        reasons={whole(e): reason for e, reason in plan.reasons.items()},
-        fingerprint=fingerprint(graph),
-        where={**plan.where, edit.node: ("region", path)},
-    )
+    return Integrate(left_at[0].name, tuple(n.name for n in inside))
