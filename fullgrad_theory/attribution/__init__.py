@@ -1,4 +1,4 @@
-"""Attribution maps: what each place in an image contributes to an output, by sixteen methods."""
+"""Attribution maps: what each place in an image contributes to an output, by many methods."""
 
 from .explainer import Explainer, explain
 from .map import Map
