@@ -140,4 +140,4 @@ def test_nothing_grows_from_call_to_call() -> None:
         fgt.fullgrad(balanced, x)
         explainer(x, ("fullgrad", "fullgrad+"))
         counts.append(tensors())
-    assert counts[1] == counts[2]
+    assert counts[2] <= counts[1]  # others' garbage may go meanwhile
