@@ -767,9 +767,14 @@ _TABLE: dict[str, Meaning] = {
     "logit": lambda at, self, eps: _map(
         lambda u: sp.log(u / (1 - u)),
         self if eps is None else _clamp(at, self, rational(eps), 1 - rational(eps))),
-    "xlogy.Tensor": lambda self, other: _map(lambda a, b: a * sp.log(b), self, other),
+    "xlogy.Tensor special_xlogy": lambda self, other: _map(lambda a, b: a * sp.log(b), self, other),
+    "xlogy.Scalar_Other special_xlogy.other_scalar": lambda self, other: (
+        self * sp.log(_exact(other))),
+    "special_xlog1py": lambda self, other: _map(lambda a, b: a * sp.log(1 + b), self, other),
+    "special_xlog1py.other_scalar": lambda self, other: self * sp.log(1 + _exact(other)),
     "pow.Scalar": lambda self, exponent: _map(lambda u: _exact(self) ** u, exponent),
-    "pow.Tensor_Tensor": lambda self, exponent: _map(lambda u, k: u**k, self, exponent),
+    "pow.Tensor_Tensor float_power.Tensor_Tensor": lambda self, exponent: _map(
+        lambda u, k: u**k, self, exponent),
     "atan2": lambda self, other: _map(sp.atan2, self, other),
     "prod": lambda self: np.asarray(np.prod(self), dtype=object),
     "prod.dim_int": lambda self, dim, keepdim: np.prod(self, axis=dim, keepdims=keepdim),

@@ -40,8 +40,6 @@ EXACT = {
     "silu": lambda u: u / (1 + mp.exp(-u)),
     "mish": lambda u: u * mp.tanh(softplus(u, threshold=mp.inf)),
     "hardswish": lambda u: u * hardsigmoid(u),
-    "hardsigmoid": hardsigmoid,
-    "relu6": lambda u: min(max(u, mp.mpf(0)), mp.mpf(6)),
     "exp2": lambda u: mp.mpf(2) ** u,
     "elu": elu,
     "celu": lambda u, alpha=1: elu(u, alpha, 1, 1 / mp.mpf(alpha)),
@@ -68,7 +66,7 @@ SIZES = [1e-300, 1e-30, 1e-8, 1e-4, 9.99e-4, 1.001e-3, 0.03, 0.29, 0.31, 0.5, 0.
 SIZES += [2.9, 3.1, 6.5, 30.0, 1e4]
 UNIT = {"erfinv", "asin", "acos", "atanh"}
 # each has a kink at 0: the slope from below is the convention
-BELOW = {"relu6": 0.0, "elu": None, "celu": None, "selu": None}
+BELOW = {"elu": None, "celu": None, "selu": None}
 
 
 def points(name: str) -> list[float]:

@@ -911,8 +911,8 @@ PLANTED: Mapping[str, tuple[str, Callable[[Any], None]]] = {
         plant_gate("aten.tanh.default", lambda u: (1 + 1e-5) * torch.tanh(u) / u),
     ),
     "a wrong limit at 0": (
-        "aten.relu6.default",
-        plant_gate("aten.relu6.default", lambda u: torch.where(u == 0, -0.1, gates.relu6(u))),
+        "aten.elu.default",
+        plant_gate("aten.elu.default", lambda u, *a, **k: torch.where(u == 0, -0.1, gates.elu(u))),
     ),
     "a doubled scale": ("aten.relu.default", plant_scale),
     "a scale that changes the value": ("aten.relu.default", plant_forward),

@@ -72,7 +72,7 @@ DEFINED: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "log softmax": ("aten.log_softmax.int", lambda x: x.log_softmax(-1), (X,)),
     "logsumexp": ("aten.logsumexp.default", lambda x: x.logsumexp(-1), (X,)),
     "logaddexp": ("aten.logaddexp.default", torch.logaddexp, (X, normal(2, 4, seed=1))),
-    "product": ("aten.prod.dim_int", lambda x: x.prod(-1), (X,)),
+    "products": ("aten.cumprod.default", lambda x: x.cumprod(-1), (X,)),
     "glu": ("aten.glu.default", lambda x: F.glu(x, -1), (X,)),
     "power": ("aten.pow.Scalar", lambda x: 2.0**x, (X,)),
     "attention": (

@@ -695,7 +695,7 @@ OBSTACLES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, str]] = {
         lambda p, x: torch.log(1 + x.norm(dim=-1)), "aten.log.default", "it has no degree",
     ),
     "angle": (
-        lambda p, x: torch.atan2(lin(p, x), lin(p, x, 2)), "aten.atan2.default", "it has no degree",
+        lambda p, x: torch.atan2(lin(p, x), lin(p, x, 2)), "aten.atan2.default", "degree 0",
     ),
     "power of itself": (
         lambda p, x: x.abs() ** x, "aten.pow.Tensor_Tensor", "it has no degree",

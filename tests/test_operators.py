@@ -311,9 +311,16 @@ BROKEN: dict[str, tuple[tuple[Any, ...], float]] = {
     "aten.log2.default": ((torch.tensor(2.0),), 0.0),
     "aten.log10.default": ((torch.tensor(2.0),), 0.0),
     "aten.logit.default": ((torch.tensor(0.5),), 0.0),
-    "aten.xlogy.Tensor": ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
-    "aten.pow.Tensor_Tensor": ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
-    "aten.atan2.default": ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
+    **dict.fromkeys(
+        (
+            "aten.xlogy.Tensor",
+            "aten.special_xlogy.default",
+            "aten.pow.Tensor_Tensor",
+            "aten.float_power.Tensor_Tensor",
+            "aten.atan2.default",
+        ),
+        ((torch.tensor(2.0), torch.tensor(2.0)), 0.0),
+    ),
     "aten.frac.default": ((torch.tensor(2.0),), 0.5),
 }
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from ..graph.computation import ComputationGraph, tensor_value
 from ..graph.door import Inputs, Model, split_inputs
+from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..plan.labelling import Degrees, degrees
 from .balanced import Balanced, balance
@@ -157,7 +158,7 @@ def _leaf_names(call: Call) -> str:
             labels.append(str(operand.node.target))
         else:
             labels.append(name if operand.node is not None else f"{name}={operand.literal:g}")
-    return ", ".join(labels) or "f(0)"
+    return ", ".join(labels) or ("intercept" if operator.algebra is Algebra.PIECEWISE else "f(0)")
 
 
 def _leaf_labels(

@@ -20,7 +20,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Operand:
-    """One argument position of a call: `weight`, or `tensors[1]` inside a list argument."""
+    """One argument position of a call: `weight`, or `tensors[1]` inside a list argument.
+
+    `literal`: the number that stands there; 0 for a tensor that the model's code fills with zeros.
+    """
 
     name: str
     node: fx.Node | None
@@ -38,6 +41,8 @@ class Call:
     """names of the operands that depend on the input, live or frozen"""
     eps: bool = False
     """a literal added here only ever reaches a divisor, so it belongs to the frozen denominator"""
+    chosen: bool = False
+    """a value that depends on the input selects a constant here, with a jump: it is frozen"""
 
     def node(self, operand: str) -> fx.Node | None:
         """What an operand reads, None for a literal."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .algebra import Algebra
 from .calls import Call
-from .readers import Reader, at_origin, at_zero, selected
+from .readers import Reader, at_origin, at_zero, intercepts, selected
 from .relations import Mode, Relation, polynomial, signature_names
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ def _none(call: Call) -> Mode:
 def _polynomial(op: Operator, call: Call) -> tuple[Mode, ...]:
     relations = polynomial(op.signature, call)
     return (_none(call),) if relations is None else (Mode(None, relations),)
+
+
+def _piecewise(op: Operator, call: Call) -> tuple[Mode, ...]:
+    (operand,) = call.moving
+    return (Mode(None, (Relation((((operand, Fraction(1)),),), domain=(0, 1)),)),)
 
 
 def _elementwise(op: Operator, call: Call) -> tuple[Mode, ...]:
@@ -158,6 +163,11 @@ CLASSES: Mapping[Algebra, Class] = {
     ),
     Algebra.HOMOGENEOUS: Class(
         "Euler: v(t u) = t^k v(u) gives J u = k v", _polynomial, reader=selected
+    ),
+    Algebra.PIECEWISE: Class(
+        "continuous, of linear pieces: J u + b = v, b the intercept of the piece",
+        _piecewise,
+        reader=intercepts,
     ),
     Algebra.ZERO_ORIGIN: Class(
         "secant from 0 with f(0) = 0: J~ u = f(u)",

@@ -87,17 +87,6 @@ def hardswish(u: Tensor) -> Tensor:
 
 
 @Gate
-def relu6(u: Tensor) -> Tensor:
-    """At the kink u = 0: the slope from below, 0, as in torch."""
-    return torch.where(u > 0, 6.0 / u.clamp(min=6.0), 0.0)
-
-
-@Gate
-def hardsigmoid(u: Tensor) -> Tensor:
-    return 0.5 / u.abs().clamp(min=3.0)
-
-
-@Gate
 def expm1(u: Tensor) -> Tensor:
     return _over_u(torch.expm1, u, 1, 1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720)
 

@@ -41,6 +41,15 @@ def at_zero(running: Running, output: Tensor) -> Tensor:
     return running.at({n: torch.zeros_like(running.values[n]) for n in factors})[0]
 
 
+def intercepts(running: Running, output: Tensor) -> Tensor:
+    """v - J u of an elementwise operation of linear pieces: what its piece has at u = 0."""
+    ((name, operand),) = running.moving.items()
+    with torch.enable_grad():
+        leaf = operand.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(running.at({name: leaf})[0].sum(), leaf)
+    return output - slope * operand
+
+
 def selected(running: Running, output: Tensor) -> Tensor:
     """Where the value chosen is a constant (a clamp's bound) that constant, elsewhere 0.
 

@@ -49,10 +49,12 @@ class Operator:
     quotient is taken numerically. `frozen`: it with 1/sigma, or attention's weights, held fixed;
     `normalised` and `eps` name a norm's arguments. `vanishes`: the operand at whose 0 a smooth
     operation is 0, whatever the others are. `reader`: how bias leaves contribute, where the class
-    does not tell. `view`: how what is written through it comes back. `opened`: the devices on
-    which a trace holds torch's own
-    steps in its place, None for all. `refuses`: a reason to refuse a call (training-mode batch
-    norm). `roles`: what it is used for. `proved`: whether its meaning is one that was proved.
+    does not tell. `view`: how what is written through it comes back. `opened`: the devices on which
+    a trace holds torch's own steps in its place, None for all. `refuses`: a reason to refuse a call
+    (training-mode batch norm). `becomes`: the record that it has where the arguments and what moves
+    among them make it another function (a determinant of known size). `jumps`: whether it jumps
+    from its operand to its constant. `roles`: what it is used for. `proved`: whether its meaning
+    was proved.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Operator:
     view: View | None = None
     opened: Collection[str] | None = ()
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None
+    becomes: Callable[[Mapping[str, Any], Collection[str]], Operator | None] | None = None
+    jumps: Callable[[Mapping[str, Any]], bool] | None = None
     roles: frozenset[Role] = frozenset()
     proved: bool = False
     note: str = ""

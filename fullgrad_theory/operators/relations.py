@@ -15,6 +15,9 @@ from typing import Any
 
 from .calls import Call
 
+FINEST = 24
+"""the largest denominator that a degree is expected to have"""
+
 
 @dataclass(frozen=True)
 class Relation:
@@ -91,22 +94,34 @@ def signature_names(signature: str) -> tuple[str, ...]:
 
 
 def _exponent(text: str | None, arguments: Mapping[str, Any]) -> Fraction | None:
-    """A literal exponent, or the value of the scalar argument it names; None if not a rational."""
+    """A literal exponent, or the value of the argument it names; None if that is no number."""
     if text is None:
         return Fraction(1)
     value: Any = arguments.get(text, text) if text[0].isalpha() else text
     try:
-        fraction = Fraction(value).limit_denominator(24)
+        return snapped(Fraction(value))
     except (TypeError, ValueError):
         return None
-    return fraction if abs(float(fraction) - float(Fraction(value))) < 1e-9 else None
+
+
+def snapped(degree: Fraction) -> Fraction:
+    """The nearest fraction with a small denominator, where a rounded number is that."""
+    near = degree.limit_denominator(FINEST)
+    return near if abs(near - degree) < Fraction(1, 10**9) else degree
+
+
+def exponent_names(signature: str) -> tuple[str, ...]:
+    """The arguments whose number is an exponent in a signature."""
+    return tuple(
+        m["exp"] for m in _FACTOR.finditer(signature) if m["exp"] and m["exp"][0].isalpha()
+    )
 
 
 def _term(text: str, call: Call) -> list[list[tuple[str, Fraction]] | None]:
     """The monomials `text` stands for in this call: a list argument is a sum, `*list` a product.
 
     A monomial over arguments that are absent, or a literal zero, is no term; one whose exponent is
-    no rational number is None.
+    no number is None.
     """
     product: list[tuple[str, Fraction]] = []
     by_name = {o.name: o for o in call.operands}
@@ -125,7 +140,7 @@ def _term(text: str, call: Call) -> list[list[tuple[str, Fraction]] | None]:
             exponent = _exponent(match["exp"], call.arguments)
             if exponent is None:
                 return [None]
-            if by_name[name].literal == 0.0 and by_name[name].node is None:
+            if by_name[name].literal == 0.0 and sign * exponent > 0:
                 return []
             product.append((name, sign * exponent))
     return [product] if product else spread
@@ -151,7 +166,9 @@ def polynomial(signature: str, call: Call) -> tuple[Relation, ...] | None:
                     terms.append(moving)  # a product of moving values to the 0: degree 0
                 elif factors:
                     constant = True
-        domain = ((0,) if call.eps else (0, 1)) if constant else None
+        if call.chosen:
+            terms.append(())  # as a frozen value: of degree 0
+        domain = ((0,) if call.eps else (0, 1)) if constant and not call.chosen else None
         relations.append(Relation(tuple(dict.fromkeys(terms)), domain=domain))
     selectors = tuple(sorted(call.moving - mentioned))
     return tuple(r if r.frozen else Relation(r.terms, selectors, r.domain) for r in relations)

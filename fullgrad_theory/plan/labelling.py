@@ -20,7 +20,7 @@ from ..edits.kinds import Edit
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..operators.calls import Call
-from ..operators.relations import Mode, Relation
+from ..operators.relations import Mode, Relation, snapped
 from .states import Liveness, State, liveness
 from .words import Breach, Kind, breach_words
 
@@ -192,7 +192,7 @@ class _Sweep:
             # f(0), or what leads a constant monomial of the signature
             origin = relation.from_origin
             self.biases[name] = ("f(0)",) if origin else call.operator.bias_operands(call)
-        degree = natural * factor
+        degree = snapped(natural * factor)
         if degree == 1:
             return Fact(State.LIVE, degree)
         same = {seen[n].degree for t in relation.terms for n, _ in t} == {degree} == {natural}
@@ -207,7 +207,9 @@ class _Sweep:
             reason = f"has a degree other than 1, and {name} {breach_words(breach)}"
             self.blamed[other] = Finding(other, reason)
         if not guilty and name not in self.findings:
-            self.blamed[name] = Finding(name, breach_words(breach), breach.kind == "frozen")
+            self.blamed[name] = Finding(
+                name, breach_words(breach), breach.kind in ("frozen", "chosen")
+            )
 
     def _meet_output(self, value: fx.Node) -> None:
         fact = _joined(self.facts[value.name])
@@ -233,6 +235,7 @@ def _judge(
     if len(totals) > 1:
         integrated = mode.edit == "integrate"
         kind: Kind = "frozen" if _adds_frozen(relation, seen) else "ray" if integrated else "sum"
+        kind = "chosen" if call.chosen else kind
         return natural, Breach(kind, call, totals=tuple(sorted(totals)))
     if relation.domain is not None and natural not in relation.domain:
         return natural, Breach("eps" if call.eps else "constant", call, totals=(natural,))
@@ -241,7 +244,7 @@ def _judge(
 
 def _adds_frozen(relation: Relation, seen: Seen) -> bool:
     """Whether a term made of frozen values alone stands beside a live one of degree not 0."""
-    frozen = [all(seen[n].state is State.FROZEN for n, _ in t) for t in relation.terms]
+    frozen = [bool(t) and all(seen[n].state is State.FROZEN for n, _ in t) for t in relation.terms]
     return any(frozen) and not all(frozen)
 
 

@@ -6,18 +6,23 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..errors import TrainingModeError, UnregisteredOperationError
 from ..graph.computation import ComputationGraph, holds_tensor, is_float
+from ..graph.constants import Constants
 from ..graph.normal import enter_autocast, leave_autocast
 from ..operators.algebra import Algebra, Role
-from ..operators.calls import Call, bind, operands, target_name
+from ..operators.calls import Call, Operand, bind, operands, target_name
 from ..operators.record import Operator
 from ..operators.registry import LEAF, check_argument, lookup
-from ..operators.relations import polynomial, signature_names
+from ..operators.relations import constant_monomials, exponent_names, polynomial, signature_names
+from .jumps import mark_jumps
 
 
 class State(StrEnum):
@@ -37,11 +42,13 @@ class Liveness:
     """The states of all nodes (a tuple for multi-output ones), the calls that read moving values.
 
     `sources` are the nodes attribution ends at: float inputs, and embeddings of integer inputs.
+    `exponents`: the parameters that a degree is read from.
     """
 
     states: Mapping[str, States]
     calls: Mapping[str, Call]
     sources: tuple[str, ...]
+    exponents: frozenset[str] = frozenset()
 
     def state(self, node: fx.Node) -> State:
         """The state of a node; a multi-output node counts as its most live output."""
@@ -63,7 +70,8 @@ def liveness(graph: ComputationGraph) -> Liveness:
     for node, call in walk.unknown.items():
         nodes.setdefault(call.operator.name, []).append(node)
     if not nodes:
-        return Liveness(walk.states, _mark_eps(graph, walk.calls), tuple(walk.sources))
+        calls = _mark_eps(graph, mark_jumps(walk))
+        return Liveness(walk.states, calls, tuple(walk.sources), frozenset(walk.exponents))
     lines = [
         f"  {name}: {graph.describe(calls[0])}"
         + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
@@ -94,7 +102,7 @@ def unregistered(graph: ComputationGraph) -> dict[str, Call]:
 
 
 @dataclass
-class _Walk:
+class Walk:
     """What is known on the way through a graph. `unknown`: calls nobody knows, taken to be live;
     `ids`: integer values that come from an integer input alone."""
 
@@ -104,13 +112,25 @@ class _Walk:
     sources: list[str] = field(default_factory=list)
     unknown: dict[str, Call] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
+    exponents: set[str] = field(default_factory=set)
+
+    @cached_property
+    def constants(self) -> Constants:
+        return Constants(self.graph, self.moves)
+
+    def moves(self, node: fx.Node) -> bool:
+        """Whether a node depends on the input."""
+        return self.state(node) is not State.CONSTANT
+
+    def is_live(self, node: fx.Node) -> bool:
+        return self.state(node) is State.LIVE
 
     def state(self, node: fx.Node) -> State:
         return _most(self.states[node.name])
 
 
-def _walk(graph: ComputationGraph) -> _Walk:
-    walk = _Walk(graph)
+def _walk(graph: ComputationGraph) -> Walk:
+    walk = Walk(graph)
     for node in graph.fx.graph.nodes:
         state: States = (State.CONSTANT,)
         if node.op == "placeholder" and is_float(node):
@@ -121,14 +141,22 @@ def _walk(graph: ComputationGraph) -> _Walk:
             state = (State.FROZEN,)
         elif node.op == "call_function" and node.target not in (enter_autocast, leave_autocast):
             state = _called(walk, node)
+            if _is_decided(walk, node):
+                state = tuple(State.FROZEN if s is State.CONSTANT else s for s in state)
         walk.states[node.name] = state
     return walk
 
 
-def _called(walk: _Walk, node: fx.Node) -> States:
+def _is_decided(walk: Walk, node: fx.Node) -> bool:
+    """Whether values of the input decide the number that a node is, or the size that it has."""
+    moves = any(map(walk.moves, node.all_input_nodes))
+    return moves and bool(free_unbacked_symbols(node.meta.get("val")))
+
+
+def _called(walk: Walk, node: fx.Node) -> States:
     """The states of a call's outputs; writes down the call where it reads what moves."""
     known = lookup(target_name(node.target))
-    moves = [n for n in node.all_input_nodes if walk.state(n) is not State.CONSTANT]
+    moves = list(filter(walk.moves, node.all_input_nodes))
     if moves and all(n.name in walk.ids for n in moves):
         if known is not None and Role.LOOKUP in known.roles:
             walk.sources.append(node.name)  # attribution ends where ids become values
@@ -140,7 +168,9 @@ def _called(walk: _Walk, node: fx.Node) -> States:
             f"{walk.graph.describe(node.name)} is random: two runs differ, and no verdict holds "
             "for both; draw it outside of the model and pass it in, or keep it in a buffer"
         )
-    if not moves or not holds_tensor(node):  # a size or a flag is independent of values
+    if not moves or not holds_tensor(
+        node
+    ):  # a size: whether values decide it is seen by its symbol
         return (State.CONSTANT,)
     found = walk.graph.measured.get(node.name) or known
     if node.target is operator.getitem and known is not None:
@@ -161,20 +191,37 @@ def _item(states: States, index: fx.node.Argument) -> States:
     return (states[index],) if len(states) > 1 else states  # type: ignore[index, return-value]
 
 
-def _call(op: Operator, node: fx.Node, walk: _Walk) -> Call:
+def _call(op: Operator, node: fx.Node, walk: Walk) -> Call:
     arguments = bind(node)
-    every = tuple(operands(arguments))
     moving = frozenset(
         o.name
-        for o in every
-        if o.node is not None
-        and o.name not in op.shapes
-        and walk.state(o.node) is not State.CONSTANT
+        for o in operands(arguments)
+        if o.node is not None and o.name not in op.shapes and walk.moves(o.node)
     )
-    return Call(op, every, arguments, moving)
+    op = (op.becomes and op.becomes(arguments, moving)) or op
+    arguments |= {n: _exponent(arguments[n], walk) for n in exponent_names(op.signature)}
+    every = [_with_zero(o, walk) for o in operands(arguments)]
+    return Call(op, tuple(every), arguments, moving)
 
 
-def _known_call(walk: _Walk, node: fx.Node, call: Call) -> States:
+def _exponent(value: Any, walk: Walk) -> Any:
+    """An exponent as the number that it is, where it is a constant, however it is stored."""
+    if not isinstance(value, fx.Node) or walk.moves(value):
+        return value
+    number = walk.constants.number(value)
+    walk.exponents |= walk.constants.read_by(value) if number is not None else set()
+    return value if number is None else number
+
+
+def _with_zero(operand: Operand, walk: Walk) -> Operand:
+    """The operand; as a literal 0 where the model's code fills it with zeros."""
+    node = operand.node
+    if node is None or walk.moves(node) or not is_float(node):
+        return operand
+    return replace(operand, literal=0.0) if walk.constants.is_written_zero(node) else operand
+
+
+def _known_call(walk: Walk, node: fx.Node, call: Call) -> States:
     """The states of its outputs, by its class."""
     op = call.operator
     _check_names(walk.graph, call, node)
@@ -184,8 +231,14 @@ def _known_call(walk: _Walk, node: fx.Node, call: Call) -> States:
     if not call.moving:  # the input lends a shape
         return (State.CONSTANT,)
     walk.calls[node.name] = call
-    if op.algebra is Algebra.FACTORY:
-        return (State.CONSTANT,)
+    if op.algebra is Algebra.FACTORY:  # of a tensor it takes the shape, and a number is filled in
+        filled = [o for o in call.operands if o.name in call.moving and not holds_tensor(o.node)]  # type: ignore[arg-type]
+        return (State.FROZEN if filled else State.CONSTANT,)
+    if op.kind.ruled and op.algebra is not Algebra.NORMALISER:
+        relations = polynomial(op.signature, call)
+        if relations and all(not (r.terms or r.domain or r.frozen) for r in relations):
+            del walk.calls[node.name]  # every product in it has a factor that is written as 0
+            return (State.CONSTANT,) * len(relations)
     read = [o.node for o in call.operands if o.name in call.moving and o.node is not None]
     live = any(walk.state(value) is State.LIVE for value in read)
     outputs = op.modes(call)[0].outputs
@@ -231,7 +284,9 @@ def _mark_eps(graph: ComputationGraph, calls: Mapping[str, Call]) -> dict[str, C
         if call.operator.algebra is not Algebra.AFFINE or not call.moving:
             return False
         relations = polynomial(call.operator.signature, call)
-        literal = any(o.node is None and o.literal for o in call.operands)
+        added = constant_monomials(call)
+        reads = {o.name: o.node for o in call.operands}
+        literal = any(all(reads[name] is None for name in names) for names in added)
         return literal and relations is not None and relations[0].domain is not None
 
     return {

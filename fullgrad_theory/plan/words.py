@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .problem import Problem
 
-Kind = Literal["zero", "frozen", "ray", "sum", "eps", "constant"]
+Kind = Literal["zero", "frozen", "chosen", "ray", "sum", "eps", "constant"]
 LIMIT_MET = (
     "the search for alternatives met its limit: there may be others, and cheaper ones; "
     "raise effort in derive_rules"
@@ -55,6 +55,12 @@ def breach_words(breach: Breach) -> str:
             return f"{breach.call.operator.kind.why} {what}"
         case "frozen":
             return "adds a frozen value, which nobody attributes, to a live one"
+        case "chosen":
+            return (
+                "jumps to or from a constant where a value that depends on the input says so, and "
+                "nobody attributes the jump; write it without one (clamp, maximum, relu), or "
+                "multiply by the condition"
+            )
         case "ray":
             return f"its ray from 0 moves operands of degree {degrees}, not alike"
         case "sum":

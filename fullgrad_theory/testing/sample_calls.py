@@ -285,7 +285,10 @@ _CASES: dict[str, list[_Case]] = {
     "gru_cell": [_cell(3, _real(1, 2))],
     "rnn_tanh_cell rnn_relu_cell": [_cell(1, _real(1, 2))],
     "logit": [_case(_positive(2), 0.25)],
-    "xlogy.Tensor pow.Tensor_Tensor": [_case(_positive(2, 3), _positive(2, 3))],
+    "xlogy.Tensor pow.Tensor_Tensor float_power.Tensor_Tensor special_xlogy special_xlog1py": [
+        _case(_positive(2, 3), _positive(2, 3))],
+    "xlogy.Scalar_Other special_xlogy.other_scalar special_xlog1py.other_scalar": [
+        _case(_X, 0.5)],
     "pow.Scalar": [_case(2, _X)],
     "prod.dim_int": [_case(_X, 1)],
     "scaled_dot_product_attention": [

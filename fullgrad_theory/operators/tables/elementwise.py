@@ -1,6 +1,7 @@
 """Elementwise functions that are not homogeneous: consistent at degree 0, or under a secant.
 
 Those with f(0) = 0 keep their operand's degree under the secant; the others add the bias leaf f(0).
+Those of linear pieces are consistent as they are, with the intercept of a piece as a bias leaf.
 """
 
 import math
@@ -11,8 +12,10 @@ from .row import Table, rows
 
 zero_origin = rows(Algebra.ZERO_ORIGIN)
 elementwise = rows(Algebra.ELEMENTWISE)
+piecewise = rows(Algebra.PIECEWISE)
 
 TABLE: Table = (
+    *piecewise("relu6 hardsigmoid"),
     *zero_origin("gelu", gate=gates.gelu),
     *zero_origin("silu", gate=gates.silu),
     *zero_origin("mish", gate=gates.mish),
@@ -20,7 +23,6 @@ TABLE: Table = (
     *zero_origin("erf", gate=gates.erf),
     *zero_origin("erfinv", gate=gates.erfinv),
     *zero_origin("hardswish", gate=gates.hardswish),
-    *zero_origin("relu6", gate=gates.relu6),
     *zero_origin("elu", gate=gates.elu),
     *zero_origin("selu", gate=gates.selu),
     *zero_origin("celu", gate=gates.celu),
@@ -36,7 +38,6 @@ TABLE: Table = (
     *zero_origin("atanh", gate=gates.atanh),
     *elementwise("sigmoid", origin=0.5, gate=gates.sigmoid, roles=(Role.PROBABILITY,)),
     *elementwise("special_expit", origin=0.5, gate=gates.sigmoid),
-    *elementwise("hardsigmoid", origin=0.5, gate=gates.hardsigmoid),
     *elementwise("log_sigmoid", origin=-math.log(2.0), gate=gates.log_sigmoid),
     *elementwise("exp", origin=1.0, gate=gates.expm1),
     *elementwise("exp2", origin=1.0, gate=gates.exp2),

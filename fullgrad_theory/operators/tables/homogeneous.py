@@ -23,13 +23,19 @@ def _refuse_order_zero(arguments: Mapping[str, Any]) -> str | None:
     return "a norm of order 0 counts, it measures nothing" if order == 0 else None
 
 
+def _falls_short(arguments: Mapping[str, Any]) -> bool:
+    """Whether there is a jump from the threshold to the value that stands for all below it."""
+    return bool(arguments["threshold"] != arguments["value"])
+
+
 TABLE: Table = (
     *homogeneous(
         """
-        relu leaky_relu prelu abs absolute max min median msort max_pool1d max_pool3d hardshrink std
+        relu leaky_relu abs absolute max min median msort max_pool1d max_pool3d hardshrink std
         std.dim std.correction linalg_matrix_norm.str_ord
         """
     ),
+    *homogeneous("prelu", roles=(Role.POINTWISE,)),
     *homogeneous("sgn angle", "self^0"),
     *homogeneous("cosine_similarity", "x1^0*x2^0"),
     *homogeneous("polar", "abs"),
@@ -43,7 +49,7 @@ TABLE: Table = (
     *homogeneous("max_pool2d", roles=(Role.WINDOW,)),
     *homogeneous("max_pool2d_with_indices adaptive_max_pool2d", "self ; -", roles=(Role.WINDOW,)),
     *homogeneous("softshrink", "self + lambd", reader=readers.shrunk),
-    *homogeneous("threshold", "self + value"),
+    *homogeneous("threshold", "self + value", jumps=_falls_short),
     *homogeneous("clamp clamp.Tensor clip", "self + min + max"),
     *homogeneous("clamp_min clamp_min.Tensor", "self + min"),
     *homogeneous("clamp_max clamp_max.Tensor", "self + max"),
@@ -53,6 +59,7 @@ TABLE: Table = (
         "remainder.Scalar remainder.Tensor fmod.Scalar fmod.Tensor",
         "self + other",
         reader=readers.remaining,
+        jumps=lambda arguments: True,
     ),
     *homogeneous("square var var.dim var.correction", "self^2"),
     *homogeneous("sqrt", "self^1/2"),

@@ -20,11 +20,10 @@ def _mixes_the_batch(arguments: Mapping[str, Any]) -> str | None:
 
 
 TABLE: Table = (
-    *affine("add.Tensor", "self + other", roles=(Role.ADDITION,)),
-    *affine(
-        "add.Scalar sub.Tensor sub.Scalar subtract.Tensor rsub.Scalar rsub.Tensor",
-        "self + other",
-    ),
+    *affine("add.Tensor", "self + other*alpha", roles=(Role.ADDITION,)),
+    *affine("add.Scalar sub.Tensor sub.Scalar", "self + other*alpha"),
+    *affine("subtract.Tensor", "self + other*alpha", roles=(Role.POINTWISE,)),
+    *affine("rsub.Scalar rsub.Tensor", "self*alpha + other", roles=(Role.POINTWISE,)),
     *affine(
         """
         neg negative deg2rad sum mean cumsum trace col2im avg_pool1d avg_pool3d adaptive_avg_pool1d
@@ -36,7 +35,7 @@ TABLE: Table = (
     *affine("mean.dim", roles=(Role.REDUCTION,)),
     *affine("diff", "self + prepend + append"),
     *affine("scatter_add", "self + src"),
-    *affine("index_add", "self + source"),
+    *affine("index_add", "self + source*alpha"),
     *affine("index_put", "self + values"),
     *affine(
         """
@@ -54,6 +53,10 @@ TABLE: Table = (
         """,
         "input",
         roles=(Role.WINDOW,),
+    ),
+    *affine(
+        "xlogy.Scalar_Other special_xlogy.other_scalar special_xlog1py.other_scalar",
+        roles=(Role.POINTWISE,),
     ),
     *affine("grid_sampler grid_sampler_2d", "input"),
     *affine("affine_grid_generator", "theta"),
@@ -86,13 +89,13 @@ TABLE: Table = (
         reader=readers.bias_of_last,
     ),
     *multilinear("bilinear", "input1*input2*weight + bias", roles=(Role.WEIGHTED,)),
-    *multilinear("addmm", "mat1*mat2 + self"),
-    *multilinear("baddbmm", "batch1*batch2 + self", roles=(Role.TOKEN_PRODUCT,)),
-    *multilinear("addbmm", "batch1*batch2 + self"),
-    *multilinear("addmv", "mat*vec + self"),
-    *multilinear("addr", "vec1*vec2 + self"),
-    *multilinear("addcmul", "tensor1*tensor2 + self"),
-    *multilinear("addcdiv", "tensor1/tensor2 + self"),
+    *multilinear("addmm", "mat1*mat2*alpha + self*beta"),
+    *multilinear("baddbmm", "batch1*batch2*alpha + self*beta", roles=(Role.TOKEN_PRODUCT,)),
+    *multilinear("addbmm", "batch1*batch2*alpha + self*beta"),
+    *multilinear("addmv", "mat*vec*alpha + self*beta"),
+    *multilinear("addr", "vec1*vec2*alpha + self*beta"),
+    *multilinear("addcmul", "tensor1*tensor2*value + self"),
+    *multilinear("addcdiv", "tensor1/tensor2*value + self"),
     *multilinear(
         """
         conv1d conv1d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input

@@ -5,11 +5,13 @@ On the ray t u, 0 <= t <= 1, a *smooth* operation is absolutely continuous, and 
 it reads is pruned, or held at degree 0 by freezing a normaliser before it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 from .. import attention_form
 from ..algebra import Algebra, Role
+from ..record import Operator
 from .row import Table, rows
 
 smooth = rows(Algebra.SMOOTH)
@@ -25,6 +27,46 @@ def _is_random(arguments: Mapping[str, Any]) -> str | None:
     return "attention with dropout is random" if arguments["dropout_p"] else None
 
 
+def _of_degree(name: str, operand: str, count: Any) -> Operator | None:
+    """A product of so many entries of its operand, where that is known."""
+    known = isinstance(count, int) and count > 0
+    return Operator(name, Algebra.HOMOGENEOUS, f"{operand}^{count}", proved=True) if known else None
+
+
+def _product_of_all(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
+    sizes = arguments["self"].meta["val"].shape
+    return _of_degree("aten.prod.default", "self", prod(sizes) if sizes else 1)
+
+
+def _product(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
+    value = arguments["self"].meta["val"]
+    count = value.shape[arguments["dim"]] if value.dim() else 1
+    return _of_degree("aten.prod.dim_int", "self", count)
+
+
+def _determinant(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
+    return _of_degree("aten.linalg_det.default", "A", arguments["A"].meta["val"].shape[-1])
+
+
+def _angle(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
+    """Of degree 0, where the two degrees are one."""
+    both, rule = len(moving) == 2, "self/other + self^0"
+    return Operator("aten.atan2.default", Algebra.HOMOGENEOUS, rule, proved=True) if both else None
+
+
+def _power(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
+    """x^c has a degree, and c^x is an exponential function."""
+    if moving == {"self"}:
+        return Operator("aten.pow.Tensor_Scalar", Algebra.HOMOGENEOUS, "self^exponent", proved=True)
+    return Operator("aten.pow.Scalar", Algebra.SMOOTH, proved=True) if len(moving) == 1 else None
+
+
+def _times_logarithm(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
+    """x log(c) is linear in x."""
+    linear = moving == {"self"}
+    return Operator("aten.xlogy.Tensor", Algebra.STRUCTURAL, proved=True) if linear else None
+
+
 TABLE: Table = (
     *smooth("softmax.int _softmax", roles=(Role.SOFTMAX, Role.PROBABILITY)),
     *smooth("_safe_softmax", roles=(Role.SOFTMAX,)),
@@ -33,8 +75,11 @@ TABLE: Table = (
     *smooth("lstm.input gru.input", refuses=_drops_out),
     # steps on the CPU; elsewhere kernels with other bits
     *smooth("rnn_tanh.input rnn_relu.input", opened=("cpu", "meta"), refuses=_drops_out),
-    *smooth("glu prod prod.dim_int cumprod", vanishes="self"),
-    *smooth("linalg_det", vanishes="A"),
+    *smooth("glu cumprod", vanishes="self"),
+    *smooth("special_xlog1py", vanishes="self", becomes=_times_logarithm, roles=(Role.POINTWISE,)),
+    *smooth("prod", vanishes="self", becomes=_product_of_all),
+    *smooth("prod.dim_int", vanishes="self", becomes=_product),
+    *smooth("linalg_det", vanishes="A", becomes=_determinant),
     *attention(
         "scaled_dot_product_attention",
         "value",
@@ -42,6 +87,10 @@ TABLE: Table = (
         frozen=attention_form.HELD_WEIGHTS,
         refuses=_is_random,
     ),
-    # infinite at 0; undetermined at (0, 0), where atan2 and x^y depend on the direction; a sawtooth
-    *singular("log log2 log10 logit xlogy.Tensor pow.Tensor_Tensor atan2 frac"),
+    # infinite at 0; undetermined at (0, 0), where angle and x^y depend on the direction; a sawtooth
+    *singular("log log2 log10 logit frac"),
+    *singular("atan2", becomes=_angle),
+    *singular("pow.Tensor_Tensor float_power.Tensor_Tensor", becomes=_power),
+    *singular("xlogy.Tensor", becomes=_times_logarithm),
+    *singular("special_xlogy", becomes=_times_logarithm, roles=(Role.POINTWISE,)),
 )

@@ -87,10 +87,15 @@ TABLE: Table = (
         "tensors",
     ),
     *structural("complex", "real + imag"),
-    *structural("where.self where.ScalarOther where.ScalarSelf where.Scalar", "self + other"),
+    *structural(
+        "where.self where.ScalarOther where.ScalarSelf where.Scalar",
+        "self + other",
+        roles=(Role.POINTWISE,),
+    ),
+    *structural("masked_fill.Scalar masked_fill.Tensor", "self + value", roles=(Role.POINTWISE,)),
     *structural(
         """
-        masked_fill.Scalar masked_fill.Tensor constant_pad_nd pad scatter.value
+        constant_pad_nd pad scatter.value
         index_fill.int_Scalar index_fill.int_Tensor
         """,
         "self + value",

@@ -1,0 +1,143 @@
+"""Which calls jump to a constant, or from one, where a value that depends on the input says so.
+
+Such a constant is no bias leaf: `where(x > 0, x + 5, x)` hides what `x + 5*(x > 0)` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.computation import tensor_value
+from ..graph.constants import hinted
+from ..operators.algebra import Algebra
+from ..operators.calls import Call
+from ..operators.registry import record_of
+from ..operators.relations import constant_monomials, polynomial
+from .regions import Region, region_at
+
+if TYPE_CHECKING:
+    from .states import Walk
+
+_LINEAR = (Algebra.STRUCTURAL, Algebra.AFFINE, Algebra.MULTILINEAR)
+
+
+def mark_jumps(walk: Walk) -> dict[str, Call]:
+    """Mark the calls that jump to a constant, or from one, as a live value says."""
+    return {
+        name: replace(call, chosen=True) if _jumps(walk, name, call) else call
+        for name, call in walk.calls.items()
+    }
+
+
+def _jumps(walk: Walk, name: str, call: Call) -> bool:
+    jumps = call.operator.jumps
+    if jumps is not None and jumps(call.arguments):
+        return bool(constant_monomials(call))
+    relations = polynomial(call.operator.signature, call) if call.operator.kind.ruled else None
+    if relations is None or not walk.is_live(walk.graph.nodes[name]):
+        return False
+    relation = relations[0]
+    said = [call.node(n) for n in relation.zero]
+    if all(n is not None and n.name in walk.ids for n in said):
+        return False
+    sides = [{leaf for n, _ in t for leaf in _leaves(walk, call.node(n))} for t in relation.terms]
+    if not constant_monomials(call) and all(side == sides[0] for side in sides):
+        return False
+    region = region_at(walk.graph, walk.graph.nodes[name], walk.moves, walk.constants)
+    return region is None or not is_continuous(region)
+
+
+def _leaves(walk: Walk, value: fx.Node | None) -> set[str]:
+    """The calls behind a live value at which bias leaves enter."""
+    queue, found = [value], set()
+    for node in filter(None, queue):
+        call = walk.calls.get(node.name)
+        if call is None or not walk.is_live(node) or node.name in walk.sources:
+            continue
+        if call.operator.origin or constant_monomials(call):
+            found.add(node.name)
+        queue += [n for n in map(call.node, sorted(call.moving)) if n not in queue]
+    return found
+
+
+def is_continuous(region: Region) -> bool:
+    """Whether the function does not jump where its comparisons turn.
+
+    Known where each compares affine functions of the entry, so that it turns at one point, which is
+    looked at from both sides; anything else (a rounding, a sign) is taken for a jump.
+    """
+    value = tensor_value(region.exit)
+    try:
+        at_zero = torch.zeros(hinted(value), dtype=torch.float64)  # type: ignore[arg-type]
+        turns = [_turn(region, node, at_zero) for node in _steps(region)]
+        return all(turn is not None and _meets(region, turn) for turn in turns)
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # what does not run is not known
+        return False
+
+
+def _steps(region: Region) -> list[fx.Node]:
+    """The nodes where a value of the region becomes one that carries no gradient."""
+    steps: list[fx.Node] = []
+    for node in region.inside:
+        record = record_of(node)
+        of_flags = all(_is_flag(n) for n in node.all_input_nodes)
+        if record is not None and record.algebra is Algebra.FREEZING and not of_flags:
+            steps.append(node)
+    return steps
+
+
+def _is_flag(node: fx.Node) -> bool:
+    value = tensor_value(node)
+    return value is not None and value.dtype is torch.bool
+
+
+def _turn(region: Region, node: fx.Node, at_zero: Tensor) -> Tensor | None:
+    """Where a comparison of two affine functions turns, NaN where it does not; None for others."""
+    if not _is_flag(node) or len(node.args) != 2 or not _compares_affine(region, node):
+        return None
+
+    def difference(u: Tensor) -> Tensor:
+        values = region.values(u)
+        sides: Any = fx.map_arg(
+            node.args, lambda n: values[n] if n in values else region.constants.value(n)
+        )
+        return sides[0] - sides[1] + at_zero
+
+    origin, one, two = (difference(at_zero + k) for k in (0.0, 1.0, 2.0))
+    slope = one - origin
+    if not torch.allclose(two, origin + 2.0 * slope, rtol=1e-9, atol=1e-12):
+        return None
+    turn = torch.where(slope == 0, torch.nan, -origin / slope)
+    width = 1e-6 * (1.0 + turn.abs())
+    before, after = (region.values(turn + side * width)[node] for side in (-1.0, 1.0))
+    equality = (before == after) & ~turn.isnan()  # as of ==: it holds at that point alone
+    return None if bool(equality.any()) else turn
+
+
+def _compares_affine(region: Region, node: fx.Node) -> bool:
+    """Whether both sides are affine in the entry by their operations."""
+    queue = [n for n in node.all_input_nodes if n in region.inside]
+    for n in queue:
+        record = record_of(n)
+        inner = [i for i in n.all_input_nodes if i in region.inside or i is region.entry]
+        if record is None or record.algebra not in _LINEAR or len(inner) != 1:
+            return False
+        queue += [i for i in inner if i is not region.entry and i not in queue]
+    return True
+
+
+def _meets(region: Region, turn: Tensor) -> bool:
+    """Whether the values on both sides of a point come together as the distance shrinks."""
+    middle = region(turn)
+
+    def apart(width: float) -> Tensor:
+        step = width * (1.0 + turn.abs())
+        sides = [(region(turn + side * step) - middle).abs() for side in (-1.0, 1.0)]
+        return torch.maximum(*sides)
+
+    met = apart(1e-9) <= 1e-2 * apart(1e-5) + 1e-13 * middle.abs()
+    return bool((met | turn.isnan()).all())

@@ -1,0 +1,88 @@
+"""Regions: elementwise operations with one live value coming in are one elementwise function of it.
+
+However many primitives spell it, f is f: here it is found and evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graph.computation import ComputationGraph, is_float, tensor_value
+from ..graph.constants import Constants
+from ..operators.algebra import Algebra, Role
+from ..operators.registry import record_of
+
+_ELEMENTWISE = (Algebra.ZERO_ORIGIN, Algebra.ELEMENTWISE, Algebra.PIECEWISE)
+
+
+Moves = Callable[[fx.Node], bool]
+"""whether a node depends on the input"""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The function of `entry` that `exit` is; `inside`: what computes it, in graph order."""
+
+    entry: fx.Node
+    exit: fx.Node
+    inside: tuple[fx.Node, ...]
+    constants: Constants
+
+    def values(self, u: Tensor) -> dict[fx.Node, Any]:
+        """The value of every node inside, and of the entry, where the entry is `u`."""
+        found: dict[fx.Node, Any] = {self.entry: u}
+
+        def read(node: fx.Node) -> Any:
+            return found[node] if node in found else self.constants.value(node)
+
+        with torch.no_grad():
+            for node in self.inside:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+                found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return found
+
+    def __call__(self, u: Tensor) -> Tensor:
+        value: Tensor = self.values(u)[self.exit]
+        return value.double()
+
+
+def region_at(
+    graph: ComputationGraph, exit: fx.Node, moves: Moves, constants: Constants
+) -> Region | None:
+    """The smallest region that ends at a node, None where what it reads does not come together in
+    one value of its own shape by elementwise operations."""
+    place = {name: i for i, name in enumerate(graph.nodes)}
+    frontier, inside = {exit}, []
+    while True:
+        node = max(frontier, key=lambda n: place[n.name])
+        if not is_pointwise(node) or not _alike(node, exit):
+            return None
+        inside.append(node)
+        frontier = (frontier - {node}) | {n for n in node.all_input_nodes if moves(n)}
+        if len(frontier) < 2:
+            break
+    for entry in frontier:
+        if is_float(entry) and _alike(entry, exit):
+            return Region(entry, exit, tuple(reversed(inside)), constants)
+    return None
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a call computes each element from those in its place alone."""
+    record = record_of(node)
+    if record is None:
+        return False
+    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    of_role = record.roles & {Role.POINTWISE, Role.CAST}
+    return tagged or bool(of_role) or record.algebra in _ELEMENTWISE
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two nodes have values of one shape."""
+    a, b = tensor_value(node), tensor_value(other)
+    return a is not None and b is not None and str(a.shape) == str(b.shape)
