@@ -178,7 +178,7 @@ def test_reasons_say_what_is_repaired() -> None:
     assert "softmax" in reason("unfused attention")
     assert "sigmoid" in reason("squeeze-excite gate")
     assert "norm with eps" in reason("decomposed rms norm")
-    assert "divisor" in reason("softsign")
+    assert "a gate of the value it multiplies" in reason("softsign")
     assert "degree 2" in reason("swiglu")
     assert "1/sigma" in reason("layer norm")
     assert "f(0) = 0.5" in reason("sigmoid output")

@@ -7,12 +7,13 @@ it is named to people, how it stands in a file, and which operands it holds fixe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..operators.record import Operator
 from ..operators.relations import Mode
 from .costs import Policy
 
@@ -58,6 +59,15 @@ class Edit(ABC):
     @abstractmethod
     def place(self) -> tuple[str, str]:
         """What two edits of one node cannot both be at."""
+
+    @property
+    def folds(self) -> tuple[str, ...]:
+        """The nodes that count as one function with this one, which they end at."""
+        return ()
+
+    def record(self, inside: Collection[Operator]) -> Operator | None:
+        """What is known of the function that `folds` is, of operations with these records."""
+        return None
 
     @property
     def held(self) -> str | None:

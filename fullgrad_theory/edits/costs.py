@@ -96,6 +96,7 @@ class Policy:
     def leave_cost(self, call: Call) -> int | None:
         """The cost of leaving a call inconsistent, None where it is not allowed."""
         algebra = Algebra.NORMALISER if call.eps else call.operator.algebra
+        algebra = Algebra.ZERO_ORIGIN if call.gate else algebra  # a product u*g(u) is a function
         return _first(self.leave, call.operator, algebra, None)
 
     def edge_factors(self, call: Call) -> Mapping[str, Fraction]:

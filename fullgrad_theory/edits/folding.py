@@ -1,4 +1,4 @@
-"""A sub-layer folded into one call, so that it can be integrated as one function.
+"""A sub-layer folded into one call, so that it can be edited as one function.
 
 The folded graph is a graph like any other: the region's exit keeps its name and calls the region,
 whose operands are the values it reads from outside, weights included.
@@ -15,18 +15,16 @@ from torch import fx, nn
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..graph.normal import enter_autocast, leave_autocast
-from ..operators.registry import region_of
+from ..operators.registry import record_of, region_of
 from .base import Edit
-from .integrating import Integrate
 
 
 def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
-    """The graph with the region of every `Integrate` folded into its exit; itself without one.
+    """The graph with the region of every edit that has one folded into its exit; itself without.
 
     Raises `PlanError` where a region is not in the graph, has another exit, or changes autocast.
     """
-    regions = [e for e in edits if isinstance(e, Integrate) and e.region]
-    todo = [e for e in regions if _open(graph, e)]
+    todo = [e for e in edits if e.folds and _open(graph, e)]
     if not todo:
         return graph
     module = fx.GraphModule(graph.fx, copy.deepcopy(graph.fx.graph), graph.name)
@@ -35,21 +33,24 @@ def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
     module.graph.lint()
     module.recompile()
     module.eval()
-    return replace(graph, fx=module)
+    inside = {e.node: [record_of(graph.nodes[n]) for n in e.folds] for e in todo}
+    records = {e.node: e.record([r for r in inside[e.node] if r is not None]) for e in todo}
+    known = {node: record for node, record in records.items() if record is not None}
+    return replace(graph, fx=module, measured={**graph.measured, **known})
 
 
-def _open(graph: ComputationGraph, edit: Integrate) -> bool:
+def _open(graph: ComputationGraph, edit: Edit) -> bool:
     """Whether the region is still to be folded."""
     found = graph.nodes.get(edit.node)
     return found is None or found.target is not region_of
 
 
-def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Integrate) -> None:
+def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> None:
     nodes = {n.name: n for n in module.graph.nodes}
-    missing = sorted({edit.node, *edit.region} - nodes.keys())
+    missing = sorted({edit.node, *edit.folds} - nodes.keys())
     if missing:
         raise PlanError(f"the region of {edit.node} is not of this graph: {', '.join(missing[:5])}")
-    inside = [n for n in module.graph.nodes if n.name in {edit.node, *edit.region}]
+    inside = [n for n in module.graph.nodes if n.name in {edit.node, *edit.folds}]
     leave = exits(inside)
     if [n.name for n in leave] != [edit.node]:
         names = "; ".join(graph.describe(n.name) for n in leave[:4])

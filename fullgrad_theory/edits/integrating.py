@@ -27,6 +27,10 @@ class Integrate(OwnEdit):
 
     kind = "integrate"
 
+    @property
+    def folds(self) -> tuple[str, ...]:
+        return self.region
+
     def words(self, node: str) -> str:
         inner = f" with the {len(self.region)} nodes it ends" if self.region else ""
         return f"integrate {node}{inner}"

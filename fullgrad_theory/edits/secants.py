@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from ..operators.algebra import Algebra
 from ..operators.calls import bind, led_by, overload, target_name
-from ..operators.registry import lookup
+from ..operators.record import Operator
+from ..operators.registry import REGION, lookup
 from ..operators.relations import Mode
 from .base import OwnEdit
 from .costs import Policy
@@ -20,9 +22,33 @@ from .writing import Target, Writing
 
 @dataclass(frozen=True, order=True)
 class Secant(OwnEdit):
-    """An elementwise f gets J~ = (f(u) - f(0))/u, at u = 0 its limit; f(0) is a bias leaf."""
+    """An elementwise f gets J~ = (f(u) - f(0))/u, at u = 0 its limit; f(0) is a bias leaf.
+
+    With a `region`, the names of nodes that `node` ends, all of them are one f; `origin` its f(0).
+    """
+
+    region: tuple[str, ...] = ()
+    origin: float = 0.0
 
     kind = "secant"
+
+    @property
+    def folds(self) -> tuple[str, ...]:
+        return self.region
+
+    def record(self, inside: Collection[Operator]) -> Operator:
+        """That of an elementwise operation; its secant is taken numerically."""
+        kind = Algebra.ELEMENTWISE if self.origin else Algebra.ZERO_ORIGIN
+        proved = all(operator.proved for operator in inside)
+        return Operator(REGION.name, kind, origin=self.origin, proved=proved)
+
+    def data(self) -> dict[str, Any]:
+        """The edit as JSON has it; a region only where there is one."""
+        return super().data() if self.region else {"edit": self.kind, "node": self.node}
+
+    @classmethod
+    def of_data(cls, entry: Mapping[str, Any]) -> Self:
+        return cls(entry["node"], tuple(entry.get("region", ())), float(entry.get("origin", 0.0)))
 
     @classmethod
     def price(cls, policy: Policy, mode: Mode) -> int | None:
@@ -30,7 +56,8 @@ class Secant(OwnEdit):
         return policy.secant_origin if mode.outputs[0].from_origin else policy.secant
 
     def words(self, node: str) -> str:
-        return f"secant {node}"
+        inner = f" with the {len(self.region)} nodes it ends" if self.region else ""
+        return f"secant {node}{inner}"
 
     def write(self, writing: Writing) -> None:
         node = writing.nodes[self.node]

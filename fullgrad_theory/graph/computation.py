@@ -42,6 +42,11 @@ class ComputationGraph:
         return {node.name: node for node in self.fx.graph.nodes}
 
     @cached_property
+    def places(self) -> dict[Node, int]:
+        """Node -> its place in topological order."""
+        return {node: i for i, node in enumerate(self.fx.graph.nodes)}
+
+    @cached_property
     def placeholders(self) -> tuple[Node, ...]:
         return tuple(n for n in self.fx.graph.nodes if n.op == "placeholder")
 

@@ -43,6 +43,8 @@ class Call:
     """a literal added here only ever reaches a divisor, so it belongs to the frozen denominator"""
     chosen: bool = False
     """a value that depends on the input selects a constant here, with a jump: it is frozen"""
+    gate: str = ""
+    """the factor g of a product u*g(u): held fixed, it is the secant of the product"""
 
     def node(self, operand: str) -> fx.Node | None:
         """What an operand reads, None for a literal."""

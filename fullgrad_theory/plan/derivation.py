@@ -6,14 +6,15 @@ the edits cost least.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
 
 from ..edits.costs import Policy, within
 from ..edits.costs import policy as policy_of
-from ..edits.kinds import Edit
+from ..edits.folding import fold
+from ..edits.kinds import Edit, Secant
 from ..errors import InputError, NoPlanError, PolicyError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model
@@ -25,6 +26,7 @@ from .measuring import graph_of
 from .plan import Plan, fingerprint
 from .problem import Problem
 from .solving import Edits, Solved
+from .spelling import spelled
 from .states import liveness
 from .words import compress, edit_words, obstacle_words
 
@@ -69,7 +71,25 @@ def derive_rules(
     _check_modules(graph, chosen)
     if not before.findings or chosen.idle:
         return _plan(problem, before, before, Edits(), True)
-    return _search(problem, before, alternatives, effort)
+    whole = spelled(graph, before)
+    if not whole:
+        return _search(problem, before, alternatives, effort)
+    folded = fold(graph, whole)
+    problem = Problem(folded, liveness(folded), chosen)
+    plan = _search(problem, degrees(folded, (), problem.live), alternatives, effort)
+    return _unfolded(plan, graph, {Secant(edit.node): edit for edit in whole})
+
+
+def _unfolded(plan: Plan, graph: ComputationGraph, regions: Mapping[Edit, Edit]) -> Plan:
+    """The plan of a graph in which regions are folded, as one of the graph itself."""
+    return replace(
+        plan,
+        edits=tuple(regions.get(edit, edit) for edit in plan.edits),
+        reasons={regions.get(edit, edit): reason for edit, reason in plan.reasons.items()},
+        fingerprint=fingerprint(graph),
+        where={name: _where(graph.nodes[name]) for name in plan.where},
+        alternatives=tuple(_unfolded(other, graph, regions) for other in plan.alternatives),
+    )
 
 
 def _check_modules(graph: ComputationGraph, policy: Policy) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.computation import tensor_value
-from ..graph.constants import hinted
 from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..operators.registry import record_of
@@ -70,10 +69,8 @@ def is_continuous(region: Region) -> bool:
     Known where each compares affine functions of the entry, so that it turns at one point, which is
     looked at from both sides; anything else (a rounding, a sign) is taken for a jump.
     """
-    value = tensor_value(region.exit)
     try:
-        at_zero = torch.zeros(hinted(value), dtype=torch.float64)  # type: ignore[arg-type]
-        turns = [_turn(region, node, at_zero) for node in _steps(region)]
+        turns = [_turn(region, node) for node in _steps(region)]
         return all(turn is not None and _meets(region, turn) for turn in turns)
     except (RuntimeError, ValueError, TypeError, AttributeError):  # what does not run is not known
         return False
@@ -95,7 +92,7 @@ def _is_flag(node: fx.Node) -> bool:
     return value is not None and value.dtype is torch.bool
 
 
-def _turn(region: Region, node: fx.Node, at_zero: Tensor) -> Tensor | None:
+def _turn(region: Region, node: fx.Node) -> Tensor | None:
     """Where a comparison of two affine functions turns, NaN where it does not; None for others."""
     if not _is_flag(node) or len(node.args) != 2 or not _compares_affine(region, node):
         return None
@@ -105,9 +102,9 @@ def _turn(region: Region, node: fx.Node, at_zero: Tensor) -> Tensor | None:
         sides: Any = fx.map_arg(
             node.args, lambda n: values[n] if n in values else region.constants.value(n)
         )
-        return sides[0] - sides[1] + at_zero
+        return sides[0] - sides[1] + region.zero
 
-    origin, one, two = (difference(at_zero + k) for k in (0.0, 1.0, 2.0))
+    origin, one, two = (difference(region.zero + k) for k in (0.0, 1.0, 2.0))
     slope = one - origin
     if not torch.allclose(two, origin + 2.0 * slope, rtol=1e-9, atol=1e-12):
         return None

@@ -206,6 +206,8 @@ class Problem:
         A norm with a live weight rather loses the weight's gradient than its input's.
         """
         reader = self.live.calls[name]
+        if reader.gate == argument and self.policy.secant is not None:
+            return self.policy.secant
         cost = self._fixed_cost(name, reader.node(argument))
         norm = reader.operator.algebra is Algebra.NORMALISER and len(reader.moving) > 1
         if cost is None or not (norm and argument == "input"):

@@ -5,7 +5,7 @@ However many primitives spell it, f is f: here it is found and evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,26 +50,37 @@ class Region:
         value: Tensor = self.values(u)[self.exit]
         return value.double()
 
+    @property
+    def zero(self) -> Tensor:
+        """0, of as many dimensions as the entry has; constants may broadcast it."""
+        value = tensor_value(self.entry)
+        assert value is not None
+        return torch.zeros([1] * value.dim(), dtype=torch.float64)
+
 
 def region_at(
     graph: ComputationGraph, exit: fx.Node, moves: Moves, constants: Constants
 ) -> Region | None:
     """The smallest region that ends at a node, None where what it reads does not come together in
     one value of its own shape by elementwise operations."""
-    place = {name: i for i, name in enumerate(graph.nodes)}
+    return next(regions_at(graph, exit, moves, constants), None)
+
+
+def regions_at(
+    graph: ComputationGraph, exit: fx.Node, moves: Moves, constants: Constants
+) -> Iterator[Region]:
+    """All regions that end at a node, from the smallest to the widest."""
     frontier, inside = {exit}, []
-    while True:
-        node = max(frontier, key=lambda n: place[n.name])
+    while frontier:
+        node = max(frontier, key=graph.places.__getitem__)
         if not is_pointwise(node) or not _alike(node, exit):
-            return None
+            return
         inside.append(node)
         frontier = (frontier - {node}) | {n for n in node.all_input_nodes if moves(n)}
-        if len(frontier) < 2:
-            break
-    for entry in frontier:
-        if is_float(entry) and _alike(entry, exit):
-            return Region(entry, exit, tuple(reversed(inside)), constants)
-    return None
+        if len(frontier) == 1:
+            (entry,) = frontier
+            if is_float(entry) and _alike(entry, exit):
+                yield Region(entry, exit, tuple(reversed(inside)), constants)
 
 
 def is_pointwise(node: fx.Node) -> bool:

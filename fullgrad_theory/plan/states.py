@@ -22,6 +22,7 @@ from ..operators.calls import Call, Operand, bind, operands, target_name
 from ..operators.record import Operator
 from ..operators.registry import LEAF, check_argument, lookup
 from ..operators.relations import constant_monomials, exponent_names, polynomial, signature_names
+from .gating import mark_gates
 from .jumps import mark_jumps
 
 
@@ -70,7 +71,7 @@ def liveness(graph: ComputationGraph) -> Liveness:
     for node, call in walk.unknown.items():
         nodes.setdefault(call.operator.name, []).append(node)
     if not nodes:
-        calls = _mark_eps(graph, mark_jumps(walk))
+        calls = _mark_eps(graph, mark_gates(walk, mark_jumps(walk)))
         return Liveness(walk.states, calls, tuple(walk.sources), frozenset(walk.exponents))
     lines = [
         f"  {name}: {graph.describe(calls[0])}"

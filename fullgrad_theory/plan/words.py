@@ -97,7 +97,10 @@ def edit_words(edit: Edit, before: Degrees, after: Degrees) -> str:
 
 
 def _why_pruned(edit: Edit, before: Degrees, after: Degrees) -> str:
-    op = before.live.calls[edit.node].operator
+    call = before.live.calls[edit.node]
+    op = call.operator
+    if call.gate == edit.held:
+        return "a gate of the value it multiplies: held fixed, it is the secant of their product"
     if op.algebra is Algebra.ATTENTION:
         return "the attention weights depend on it; held fixed, attention is linear in its values"
     terms = [term for r in after.modes[edit.node].outputs for term in r.terms]
