@@ -35,7 +35,8 @@ class Run(fx.Interpreter):
         value = super().run_node(n)
         if n.name in self.labels.live.sources:
             value = value.clone() if value.is_inference() else value
-            value = value.detach().requires_grad_()
+            if n.op == "placeholder" or not value.requires_grad:  # a table keeps its own gradient
+                value = value.detach().requires_grad_()
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
             self._watch(n, *self.fetch_args_kwargs_from_env(n), value)

@@ -12,10 +12,11 @@ from torch import fx
 from ..backward.balanced import Balanced, rewrite
 from ..bars import Tick, progress
 from ..edits.costs import Policy
-from ..errors import FullgradError, TraceError
+from ..errors import FullgradError, NonFiniteError, TraceError
 from ..graph.computation import ComputationGraph
-from ..graph.door import Inputs, Model
+from ..graph.door import Inputs, Model, modules_of
 from ..graph.leaves import LeafSpec
+from ..operators.calls import is_ray
 from ..plan.labelling import degrees
 from ..plan.measuring import graph_of
 from ..plan.plan import Plan
@@ -119,31 +120,50 @@ def _evidence(
     tick: Tick,
     beside: Collection[torch.dtype],
 ) -> Evidence:
-    """The real backward, node by node and end to end."""
+    """The real backward, node by node and end to end, where the model is and a little off."""
     graph = structure.graph
-    own, root = double_copies(graph, with_model=structure.plan is None)
-    module = widened(rewrite(graph, structure.edits, root))
-    subject = Subject(module, graph, structure.labels, seed, tick)
-    inputs = double_inputs(graph)
+    own, subject, root = _subject(structure, seed, tick)
+    inputs, note = double_inputs(graph), ""
     at_own_parameters = end_to_end("own parameters", subject, inputs, own)
     generator = torch.Generator().manual_seed(seed)
-    perturb([own, root], generator)
-    inputs = jittered(inputs, generator)
-    evidence = Evidence(
-        local=node_by_node(subject, inputs),
-        at_own_parameters=at_own_parameters,
-        at_perturbed=end_to_end(PERTURBED, subject, inputs, own),
-    )
+    perturb([*modules_of(own), root], structure.labels.live.exponents, generator)
+    moved = jittered(inputs, generator)
+    try:
+        local, at_perturbed = (
+            node_by_node(subject, moved),
+            end_to_end(PERTURBED, subject, moved, own),
+        )
+        inputs = moved
+    except NonFiniteError as error:  # the first measurement stands
+        own, subject, root = _subject(structure, seed, tick)
+        note = words.perturbed_fails(error)
+        local, at_perturbed = node_by_node(subject, inputs), at_own_parameters
+    evidence = Evidence(local, at_own_parameters, at_perturbed, note=note)
+    evidence = replace(evidence, forward=forward_beside(structure))
     if sum_of(structure, evidence, bounds) is Sum.UNEXPLAINED:
         evidence = replace(evidence, layout_faults=layout_faults(subject, inputs))
     if structure.plan is not None:
         evidence = replace(
-            evidence,
-            forward=forward_beside(structure),
-            unedited=end_to_end("unedited", _unedited(subject, root), inputs),
+            evidence, unedited=end_to_end("unedited", _unedited(subject, root), inputs)
         )
     shown, refusals = in_precisions(beside, subject, structure.edits, root, inputs)
     return replace(evidence, shown=shown, refusals=refusals)
+
+
+def _subject(
+    structure: Structure, seed: int, tick: Tick
+) -> tuple[Model | None, Subject, fx.GraphModule]:
+    """Copies in float64: the user's model, where it is judged; the graph as written; its root."""
+    own, root = double_copies(structure.graph, with_model=structure.plan is None)
+    module = widened(rewrite(structure.graph, structure.edits, root))
+    subject = Subject(module, structure.graph, structure.labels, seed, tick)
+    if own is not None:
+        for name in subject.labels.live.sources:  # a table that is no parameter is seen as well
+            for read in structure.graph.nodes[name].all_input_nodes:
+                held = dict(module.named_buffers()).get(str(read.target))
+                if held is not None and is_ray(held):
+                    held.requires_grad_()
+    return own, subject, root
 
 
 def _unedited(subject: Subject, root: fx.GraphModule) -> Subject:

@@ -6,6 +6,7 @@ Nothing here writes to what it is given, but `perturb` to copies and `widened` t
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -13,49 +14,47 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..graph.computation import ComputationGraph
+from ..graph.door import copied, modules_of
 from ..operators.calls import is_ray
-
-_ROUNDED = (torch.float16, torch.bfloat16, torch.float32)
-_WIDE = dict.fromkeys(_ROUNDED, torch.float64) | dict.fromkeys(
-    (torch.complex32, torch.complex64), torch.complex128
-)
-
+from .lifting import WIDE, wide
 
 # --------------------------------------------------------------------------- models
 
 
 def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.GraphModule]:
-    """The user's module (where it is needed) and the traced graph, copied together, in float64.
+    """The user's model (where it is needed) and the traced graph, copied together, in float64.
 
     Copied together they go on sharing parameters; buffers, which a cast replaces, are tied again.
-    A callable that is no module has no copy: it is given back as it is.
+    All parameters of the copies take gradients.
     """
-    if not with_model or not isinstance(graph.model, nn.Module):
-        root = copy.deepcopy(graph.fx)
-        _double(root)
-        return graph.model if with_model else None, root
-    own, root = copy.deepcopy((graph.model, graph.fx), _computed(graph.model))
-    _double(root)
-    _double(own)
-    for parameter, copied in zip(graph.model.parameters(), own.parameters(), strict=True):
-        for hook in (parameter._backward_hooks or {}).values():  # a copy forgets them
-            copied.register_hook(hook)
-    buffers = dict(own.named_buffers())
-    for name, _ in list(root.named_buffers()):
+    memo: dict[int, Any] = {}
+    for part in modules_of(graph.model) if with_model else ():
+        memo |= _computed(part)
+    own = copied(graph.model, memo) if with_model else None
+    root = copy.deepcopy(graph.fx, memo)
+    parts = modules_of(own) if own is not None else []
+    for module in (root, *parts):
+        module._apply(wide)
+        for parameter in module.parameters():
+            parameter.requires_grad_(is_ray(parameter))
+    buffers = {id(b): c for b, c in _pairs(graph, parts)}
+    for name, buffer in graph.fx.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        if name in buffers:
-            root.get_submodule(owner)._buffers[leaf] = buffers[name]
+        if id(buffer) in buffers:
+            root.get_submodule(owner)._buffers[leaf] = buffers[id(buffer)]
     return own, root
+
+
+def _pairs(graph: ComputationGraph, parts: list[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every buffer of the model's with its copy."""
+    for before, after in zip(modules_of(graph.model), parts, strict=False):
+        yield from zip(before.buffers(), after.buffers(), strict=True)
 
 
 def _computed(model: nn.Module) -> dict[int, Any]:
     """A memo for deepcopy, which refuses what forward() computed and kept (old weight_norm's)."""
     held = (v for m in model.modules() for v in vars(m).values())
     return {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
-
-
-def _double(module: nn.Module) -> None:
-    module._apply(lambda t: t.to(_WIDE.get(t.dtype, t.dtype)))
 
 
 def cast_copy(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
@@ -86,36 +85,41 @@ def _widen_node(node: fx.Node) -> None:
     makes = node.op == "call_function" and not node.all_input_nodes
     if not makes or not isinstance(value, Tensor) or node.kwargs.get("dtype") is not None:
         return
-    if value.dtype in _WIDE:
-        node.kwargs = {**node.kwargs, "dtype": _WIDE[value.dtype]}
+    if value.dtype in WIDE:
+        node.kwargs = {**node.kwargs, "dtype": WIDE[value.dtype]}
 
 
 def _widen(argument: Any) -> Any:
-    return _WIDE.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+    return wide(argument) if isinstance(argument, torch.dtype) else argument
 
 
-def coarsest_rounding(graph: ComputationGraph) -> float:
-    """The coarsest machine epsilon among the dtypes that the model itself casts to."""
-    leaves = (a for n in graph.fx.graph.nodes for a in pytree.tree_leaves((n.args, n.kwargs)))
-    named = {a for a in leaves if isinstance(a, torch.dtype) and a in _ROUNDED}
-    return max((torch.finfo(d).eps for d in named), default=0.0)
+def perturb(modules: list[Any], held: Collection[str], generator: torch.Generator) -> None:
+    """Move every floating-point parameter away from degenerate initial values (0, 1, 1e-6).
 
-
-def perturb(modules: list[Any], generator: torch.Generator) -> None:
-    """Move every floating-point parameter away from degenerate initial values (0, 1, 1e-6)."""
+    Signs stay, and what is not larger than 1 stays so: a root, a logarithm, an arc cosine keeps its
+    domain. `held`: names of parameters that stay, as a degree is read from them.
+    """
     tensors: dict[int, Tensor] = {}
+    stay: set[int] = set()
     for module in modules:
-        if isinstance(module, nn.Module):
-            tensors |= {id(p): p for p in module.parameters()}
-            means = (b for n, b in module.named_buffers() if n.endswith("running_mean"))
-            tensors |= {id(b): b for b in means}
+        tensors |= {id(p): p for p in module.parameters()}
+        means = (b for n, b in module.named_buffers() if n.endswith("running_mean"))
+        tensors |= {id(b): b for b in means}
+        stay |= {id(p) for n, p in module.named_parameters() if n in held}
     with torch.no_grad():
-        for tensor in tensors.values():
-            if tensor.is_floating_point():
-                few = tensor.flatten()[:4096]
-                spread = float(few.std()) if few.numel() > 1 else 0.0
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-                tensor.add_(noise.to(tensor), alpha=0.3 * spread if spread > 1e-3 else 0.1)
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and key not in stay:
+                tensor.copy_(_moved(tensor, 0.3, generator))
+
+
+def _moved(value: Tensor, part: float, generator: torch.Generator) -> Tensor:
+    """The tensor with each entry up to `part` of it nearer to 0; one of 0s, or of one tiny number,
+    a little further away."""
+    draw = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value)
+    few = value.detach().flatten()[:4096]
+    if bool((few.abs() < 1e-3).all()) and bool((few == few[:1]).all()):
+        return value + torch.where(value < 0, -0.1, 0.1) * (0.5 + draw)
+    return value * (1.0 - part * draw)
 
 
 # --------------------------------------------------------------------------- inputs
@@ -124,17 +128,12 @@ def perturb(modules: list[Any], generator: torch.Generator) -> None:
 def double_inputs(graph: ComputationGraph) -> list[Any]:
     """The example inputs, flat, in float64; what is no floating-point tensor as it is."""
     leaves = pytree.tree_leaves((graph.args, graph.kwargs))
-    return [t.detach().to(_WIDE.get(t.dtype, t.dtype)) if is_ray(t) else t for t in leaves]
+    return [wide(t.detach()) if is_ray(t) else t for t in leaves]
 
 
 def jittered(inputs: list[Any], generator: torch.Generator) -> list[Any]:
-    """The inputs with a little noise."""
-    return [_jitter(t, generator) if is_ray(t) else t for t in inputs]
-
-
-def _jitter(value: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-    return value + 0.1 * noise
+    """The inputs with a little noise, which keeps signs and magnitudes below 1."""
+    return [_moved(t, 0.1, generator) if is_ray(t) and t.numel() else t for t in inputs]
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -31,20 +31,26 @@ class Shares:
 class Gradient:
     """A gradient by the graph's sources under `cotangents`, one an output.
 
-    `magnitude`: sum |c f|; `parts`: the sum of the contributions' magnitudes relative to it.
+    `by_leaf`: by its parameters and tensors, under their names. `magnitude`: sum |c f|; `parts`:
+    the sum of the contributions' magnitudes relative to it.
     """
 
+    outputs: list[Tensor]
     cotangents: list[Tensor]
-    gradients: list[Tensor]
+    by_source: dict[str, Tensor]
+    by_leaf: dict[str, Tensor]
     shares: Shares
     magnitude: float
     parts: float
     dtype: torch.dtype
 
 
-def traced_gradient(subject: Subject, inputs: list[Any]) -> Gradient | None:
+def traced_gradient(
+    subject: Subject, inputs: list[Any], cotangents: list[Tensor] | None = None
+) -> Gradient | None:
     """The gradient of the subject at flat inputs; None where the output is zero.
 
+    `cotangents`: left out, random ones with the signs of the outputs.
     Raises `NonFiniteError` where the output is not finite, and names the first such node.
     """
     biases: dict[str, float] = {}
@@ -59,7 +65,8 @@ def traced_gradient(subject: Subject, inputs: list[Any]) -> Gradient | None:
         # reported node by node, and by the residual
         warnings.simplefilter("ignore", NonConvergenceWarning)
         outputs = float_leaves(run.run(*inputs, enable_io_processing=False))
-        cotangents = [aligned(o, subject.seed) for o in outputs]
+        if cotangents is None:
+            cotangents = [aligned(o, subject.seed) for o in outputs]
         pairs = zip(cotangents, outputs, strict=True)
         magnitude = sum(float((c * o.detach()).abs().sum()) for c, o in pairs)
         if magnitude == 0.0:
@@ -69,11 +76,23 @@ def traced_gradient(subject: Subject, inputs: list[Any]) -> Gradient | None:
             node_by_node(subject, inputs)  # names the first node
             raise NonFiniteError(words.INFINITE_OUTPUT)
         sources = list(run.sources.values())
-        grads = gradients(value, sources)
+        named = (*subject.module.named_parameters(), *subject.module.named_buffers())
+        leaves = {n: p for n, p in named if p.requires_grad}
+        both = gradients(value, [*sources, *leaves.values()])
+        grads = both[: len(sources)]
     through_input = sum(inner(g, x) for g, x in zip(grads, sources, strict=True))
     parts += [_size(g, x) for g, x in zip(grads, sources, strict=True)]
     shares = Shares(float(value.detach()), through_input, biases)
-    return Gradient(cotangents, grads, shares, magnitude, sum(parts) / magnitude, value.dtype)
+    return Gradient(
+        [o.detach() for o in outputs],
+        cotangents,
+        dict(zip(run.sources, grads, strict=True)),
+        dict(zip(leaves, both[len(sources) :], strict=True)),
+        shares,
+        magnitude,
+        sum(parts) / magnitude,
+        value.dtype,
+    )
 
 
 def _size(g: Tensor, value: Tensor) -> float:

@@ -21,7 +21,8 @@ def layout_faults(subject: Subject, inputs: list[Any]) -> tuple[str, ...]:
         leaves = [x.detach().requires_grad_() if is_ray(x) else x for x in inputs]
         outputs = float_leaves(run.run(*leaves, enable_io_processing=False))
         value = paired([aligned(o, subject.seed) for o in outputs], outputs)
-        gradients(value, float_leaves(leaves))
+        learned = [p for p in subject.module.parameters() if p.requires_grad]
+        gradients(value, [*float_leaves(leaves), *learned])
     found = [n for n, g in run.cotangents.items() if not _same_backward(n, run.calls[n], g)]
     return tuple(n.name for n in found)
 
@@ -38,8 +39,12 @@ class _Cotangents(fx.Interpreter):
         value = super().run_node(n)
         if n.op == "call_function" and isinstance(value, Tensor) and value.requires_grad:
             self.calls[n] = self.fetch_args_kwargs_from_env(n)
-            value.register_hook(lambda g: self.cotangents.__setitem__(n, g))
+            value.register_hook(lambda g: self._keep(n, g))
         return value
+
+    def _keep(self, n: fx.Node, cotangent: Tensor | None) -> None:
+        if cotangent is not None:  # None: of a value that nobody reads
+            self.cotangents[n] = cotangent
 
 
 def _same_backward(n: fx.Node, call: tuple[Any, Any], cotangent: Tensor) -> bool:

@@ -17,6 +17,7 @@ from .report import EndToEnd, NodeReport, Report, Verdict
 from .structure import Judgement, Structure
 from .whole import Whole
 
+BROKEN = (Verdict.VIOLATED, Verdict.OPAQUE)
 LOCAL_TOLERANCE = 1e-9
 SMALL_SHARE = 1e-6
 
@@ -35,7 +36,8 @@ class Evidence:
 
     A `Whole` is None where the output is zero. `layout_faults`: nodes whose kernel is at fault,
     looked for where nothing else explains a residual. `unedited`: the gradient as it is, where a
-    plan is judged. `shown`: in other precisions; `refusals` say in which it does not run.
+    plan is judged. `shown`: in other precisions; `refusals` say in which it does not run. `note`:
+    why the perturbed measurement is that at the model's own parameters.
     """
 
     local: Local
@@ -46,6 +48,7 @@ class Evidence:
     unedited: Whole | None = None
     shown: tuple[EndToEnd, ...] = ()
     refusals: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def wholes(self) -> list[Whole]:
@@ -55,6 +58,13 @@ class Evidence:
     @property
     def error(self) -> float:
         return largest(w.found.relative for w in self.wholes)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the model could not be compared with its trace, which is all that was judged."""
+        of_forward = {Forward.OTHER: words.FORWARD_DIFFERS, Forward.RANDOM: words.RANDOM}
+        own = [w.own.problem for w in self.wholes if w.own.problem]
+        return [*own, *(of_forward[f] for f in [self.forward] if f in of_forward)]
 
     @property
     def modified(self) -> bool:
@@ -76,17 +86,26 @@ def report_of(structure: Structure, evidence: Evidence | None, bounds: Bounds) -
     """The report of a graph; without evidence by its structure alone.
 
     Complete is what has no problem, and no node but proved and measured ones. It cannot be judged
-    (None) where the output is zero, or too few digits are left of a sum that cancels.
+    (None) where the output is zero, where too few digits are left of a sum that cancels, where the
+    trace is not known to be the model, or where what is known of a node contradicts itself.
     """
     judgements = _judgements(structure, evidence, bounds)
     problems, notes = structure.problems, structure.notes
-    undecided = False
+    undecided, of_sum = False, Sum.ADDS_UP
     if evidence is not None:
         of_sum = sum_of(structure, evidence, bounds)
         problems = (*problems, *_found_problems(structure, evidence, bounds, of_sum))
         notes = (*notes, *_found_notes(evidence, bounds))
-        undecided = evidence.at_perturbed is None or of_sum is Sum.ROUNDED_AWAY
+        undecided = bool(
+            evidence.at_perturbed is None
+            or evidence.problems
+            or of_sum is Sum.ROUNDED_AWAY
+            or (of_sum is Sum.UNEXPLAINED and not evidence.modified)
+        )
     complete = all(j.fine for j in judgements.values()) and not problems
+    if not undecided and not any(j.verdict in BROKEN for j in judgements.values()):
+        unknown = any(j.verdict is Verdict.UNKNOWN for j in judgements.values())
+        undecided = unknown and of_sum in (Sum.ADDS_UP, Sum.ROUNDED_AWAY)
     measured = [whole.found for whole in evidence.wholes] if evidence else []
     return Report(
         model=structure.graph.name,
@@ -196,8 +215,7 @@ def _found_problems(
             yield words.layout_fault(structure.graph.describe(name))
         if not evidence.layout_faults and not evidence.modified:
             yield words.UNEXPLAINED
-    if evidence.forward is Forward.OTHER:
-        yield words.FORWARD_DIFFERS
+    yield from evidence.problems
 
 
 def _problems_before_the_sum(
@@ -224,8 +242,8 @@ def _local_problems(structure: Structure, local: Local) -> Iterator[str]:
 
 def _found_notes(evidence: Evidence, bounds: Bounds) -> Iterator[str]:
     """What running showed that a reader should know."""
-    if not all(whole.own.in_float64 for whole in evidence.wholes):
-        yield words.OWN_DTYPE
+    if evidence.note:
+        yield evidence.note
     if evidence.at_own_parameters is None and evidence.at_perturbed is not None:
         yield words.ZERO_AT_OWN_PARAMETERS
     share = _input_share(evidence.wholes)

@@ -93,15 +93,44 @@ MODIFIED = (
     "autograd.Function, a hook, a patch); it was judged as it is, end to end, and the nodes' "
     "verdicts are of the trace"
 )
-OWN_DTYPE = (
-    "the model does not run in float64 (it makes or holds tensors of a fixed dtype): its own "
-    "gradient was compared with the traced one in its own dtype"
+MODIFIED_BEHIND_A_TABLE = (
+    "the model's own gradient is not that of its traced graph: its backward is modified (an "
+    "autograd.Function, a hook, a patch), and what it sends to the embedding cannot be told from "
+    "what it sends to the other uses of that table; pass the embedded values as the input"
 )
+COPY_DIFFERS = (
+    "a copy of the model in float64 computes other values than its trace does there: its code asks "
+    "for a dtype, or holds what a copy does not, so that it cannot be judged in float64"
+)
+NOTHING_TO_COMPARE = (
+    "the model has neither float inputs nor parameters that its own gradient could be taken by; "
+    "pass the module itself, not a function that finds it elsewhere"
+)
+RANDOM = (
+    "two runs of the model on the same inputs have different values: it draws random numbers, "
+    "counts its calls or reads a clock, and no verdict holds for both; pass that in as an input"
+)
+
+
+def own_does_not_run(error: Exception) -> str:
+    return (
+        f"the model's own backward does not run in float64 ({type(error).__name__}: "
+        f"{_first_line(error).strip()[:200]}), so it could not be compared with the traced one"
+    )
+
+
+def perturbed_fails(error: Exception) -> str:
+    return f"judged at the model's own parameters and inputs alone; at others near them: {error}"
+
+
 FAST_PATH = (
     "without gradients the model takes torch's fast path for attention, which rounds differently; "
     "the edited forward is the model's without that path, bit for bit"
 )
-FORWARD_DIFFERS = "the edited forward differs from the model's: an error of this library"
+FORWARD_DIFFERS = (
+    "the traced forward differs from the model's: something in its code is not seen by "
+    "torch.export, or this library is in error; a verdict on the trace says nothing of the model"
+)
 
 
 def small_share(share: float) -> str:

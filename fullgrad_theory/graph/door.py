@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial, wraps
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -35,15 +37,54 @@ class _Function(nn.Module):
 
 
 def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
+    found = [("model", getattr(function, "__self__", None)), *_referred(function).items()]
+    return ((name, value) for name, value in found if isinstance(value, nn.Module))
+
+
+def _referred(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function closes over, by name."""
     code = getattr(function, "__code__", None)
     cells = getattr(function, "__closure__", None) or ()
-    found: list[tuple[str, Any]] = [("model", getattr(function, "__self__", None))]
+    found = {}
     for name, cell in zip(code.co_freevars if code else (), cells, strict=False):
-        try:
-            found.append((name, cell.cell_contents))
-        except ValueError:  # an empty cell
-            continue
-    return ((name, value) for name, value in found if isinstance(value, nn.Module))
+        with suppress(ValueError):  # an empty cell
+            found[name] = cell.cell_contents
+    return found
+
+
+def modules_of(model: Model | None) -> list[nn.Module]:
+    """The modules that a model is, is bound to or closes over, outermost ones."""
+    if model is None or isinstance(model, nn.Module):
+        return [] if model is None else [model]
+    if isinstance(model, partial):
+        parts = (model.func, *model.args, *model.keywords.values())
+        return [m for part in parts if callable(part) for m in modules_of(part)]
+    return [module for _, module in _modules_of(model)]
+
+
+def copied(model: Model, memo: dict[int, Any]) -> Model:
+    """A deep copy of a model; of a function with what it closes over, sharing by `memo`."""
+    if isinstance(model, partial):
+        args, keywords = copy.deepcopy((model.args, model.keywords), memo)
+        return partial(copied(model.func, memo), *args, **keywords)
+    if isinstance(model, MethodType):
+        return MethodType(model.__func__, copy.deepcopy(model.__self__, memo))
+    if not isinstance(model, FunctionType):
+        return copy.deepcopy(model, memo)
+    referred = _referred(model)
+    cells = [CellType(_copied_value(referred[n], memo)) if n in referred else CellType()
+             for n in model.__code__.co_freevars]  # fmt: skip
+    function = FunctionType(
+        model.__code__, model.__globals__, model.__name__, model.__defaults__, tuple(cells)
+    )
+    function.__kwdefaults__ = model.__kwdefaults__
+    return function
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (FunctionType, MethodType, partial)):
+        return copied(value, memo)
+    return copy.deepcopy(value, memo) if isinstance(value, (nn.Module, Tensor)) else value
 
 
 def _as_forward(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
-from types import MethodType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .door import (
     Model,
     as_module,
     check_arguments,
+    modules_of,
     name_of,
     own_copy,
     split_inputs,
@@ -75,7 +75,8 @@ def trace(
     name = name_of(model)
     graph = GraphModule(unlifted, unlifted.graph, name)
     graph.eval()
-    model = module if isinstance(model, MethodType) else model  # a method's module, to be copied
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_torchdynamo_orig_callable", model)
     traced = ComputationGraph(graph, args, kwargs, name, dynamic, model)
     if not traced.outputs:
         raise InputError(f"{name} returns no floating-point tensor; there is nothing to attribute")
@@ -240,11 +241,12 @@ def without_fast_path() -> Iterator[None]:
 
 def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the model returns; whatever its code writes to itself or to its inputs is undone."""
-    module = model if isinstance(model, nn.Module) else nn.Module()
+    module = nn.ModuleList(modules_of(model))
     held = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
     given, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    eager = torch.compiler.set_stance("force_eager")
     try:
-        with kept(module):
+        with kept(module), eager:
             return model(*given, **named)
     finally:
         for tensor, value in held:

@@ -1,0 +1,197 @@
+"""One function, one verdict: what a value is decides, and not how a model spells it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fullgrad_theory as fgt
+from fullgrad_theory.check.report import Verdict
+
+torch.manual_seed(0)
+X = torch.randn(2, 5)
+C = torch.tensor([0.1, 0.2, 0.3, -0.4, 0.5])
+P = nn.Parameter(torch.tensor([0.7, -0.2, 0.1, 0.4, -0.9]))
+W, V = nn.Linear(5, 5), nn.Linear(5, 5)
+Function = Callable[..., Tensor]
+
+
+class Powers(nn.Module):
+    """Generalised mean pooling, its exponent a parameter."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([p]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=1e-6).pow(self.p).mean(-1, keepdim=True).pow(1.0 / self.p)
+
+
+def set_to(value: float) -> Function:
+    def model(x: Tensor) -> Tensor:
+        y = x * 1
+        y[x > 0] = value
+        return y
+
+    return model
+
+
+COMPLETE: dict[str, Function] = {
+    "relu6": F.relu6,
+    "relu6 as a clamp": lambda x: x.clamp(0, 6),
+    "relu6 as a module": nn.ReLU6().eval(),
+    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid as a clamp": lambda x: torch.clamp(x + 3, 0, 6) / 6,
+    "a clamp spelled": lambda x: torch.where(x > 1, 1.0, x),
+    "a clamp on both sides": lambda x: torch.where(x > 1, 1.0, torch.where(x < -1, -1.0, x)),
+    "a clamp at each place's own": lambda x: torch.where(x > C, C, x),
+    "a clamp at a parameter": lambda x: torch.where(x > P, x, P),
+    "a hinge": lambda x: torch.where(2 * x + 1 > 0, 2 * x + 1, 0.0),
+    "leaky relu spelled": lambda x: torch.where(W(x) > 0, h := W(x), 0.1 * h) * 0 + W(x),
+    "relu by zeros": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "relu by a zero tensor": lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
+    "relu in place": set_to(0.0),
+    "a constant condition": lambda x: x.masked_fill(C > 0, 3.0),
+    "a threshold without a jump": lambda x: F.threshold(x, 1.0, 1.0),
+    "a gate of zeros and ones": lambda x: W(x) * (x > 0),
+    "the mean of the positive": lambda x: x[x > 0].mean(),
+    "nothing and a value": lambda x: x * 0 + W(x),
+    "a tensor for an exponent": lambda x: x.abs().pow(torch.tensor(2.0)).sum(-1) ** 0.5,
+    "a learned mean": Powers(3.0).eval(),
+    "x log c": lambda x: torch.xlogy(x, torch.tensor(3.0)),
+    "x log c, a number": lambda x: torch.special.xlogy(x, 3.0),
+    "an angle for a weight": lambda x: torch.atan2(x, x.flip(-1)) * x,
+    "a root of a determinant": lambda x: torch.linalg.det(x[:, None, :2] * x[:, :2, None] + W(x)[
+        :, :2, None] * x[:, None, :2]).abs() ** 0.25,
+    "a bias in a divisor": lambda x: x * x.flip(-1) / (x + P),
+    "a number for a weight": lambda x: W(x) * x.mean().item(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_is_complete(name: str) -> None:
+    report = fgt.check_completeness(COMPLETE[name], X, beside=())
+    assert report.complete is True, str(report)
+
+
+OPAQUE: dict[str, Function] = {
+    "a number read off a value": lambda x: x + 5 * x.abs().max().item(),
+    "a count": lambda x: x + (x > 0).nonzero().shape[0],
+    "one over a count": lambda x: x + 1 / (x > 0).nonzero().shape[0],
+    "the length of a selection": lambda x: x + x[x > 0].shape[0],
+    "ones, as many as are positive": lambda x: x + torch.ones_like(x[x > 0]).sum(),
+    "full": lambda x: x + torch.full((5,), x.mean().item()),
+    "full like": lambda x: x + torch.full_like(x, x.mean().item()),
+    "new full": lambda x: x + x.new_full((5,), x.mean().item()),
+    "filled": lambda x: x + torch.ones(5).fill_(x.mean().item()),
+    "a tensor of a number": lambda x: x + torch.tensor(x.mean().item()),
+    "a range": lambda x: x + torch.arange(x.abs().max().item() + 3)[:5].sum(),
+    "a bound": lambda x: x.clamp(max=x.mean().item()),
+    "a factor of a constant": lambda x: torch.add(x, torch.ones(5), alpha=x.mean().item()),
+    "a factor of a product": lambda x: torch.addcmul(
+        x, torch.ones(5), torch.ones(5), value=x.mean().item()
+    ),
+    "a constant on the way": lambda x: torch.lerp(torch.ones(2, 5), x, x.mean().item()),
+    "a step beside a value": lambda x: x + 5 * (x > 0),
+    "a step by where": lambda x: torch.where(x > 0, x + 5, x),
+    "a step by a sum": lambda x: torch.where(x.sum() > 0, x + 5, x),
+    "a step of numbers": lambda x: x + torch.where(x > 0, 5.0, 0.0),
+    "a step to a constant": lambda x: torch.where(x > 1, 2.0, x),
+    "a small step to a parameter": lambda x: torch.where(x > P, P + 1e-3, x),
+    "one place": lambda x: torch.where(x == 0, 2.0, x),
+    "two layers": lambda x: torch.where(x > 0, W(x), V(x)),
+    "filled where it is positive": lambda x: x.masked_fill(x > 0, 3.0),
+    "written where it is positive": set_to(3.0),
+    "scattered": lambda x: x.scatter(1, x.argmax(1, keepdim=True), 5.0),
+    "a threshold": lambda x: F.threshold(x, 1.0, 0.5),
+    "a remainder": lambda x: torch.remainder(x, 1.0),
+    "a remainder of the other sign": lambda x: torch.fmod(x, 1.0),
+    "a remainder spelled": lambda x: x - x.floor(),
+    "a lookup": lambda x: x + torch.arange(5.0)[x.argmax(-1)][:, None],
+}
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_hides_what_the_input_decides(name: str) -> None:
+    report = fgt.check_completeness(OPAQUE[name], X, beside=())
+    assert report.complete is False, str(report)
+    assert any(n.verdict is Verdict.OPAQUE for n in report.nodes), str(report)
+
+
+def test_an_input_of_integers_selects_nothing_that_is_attributed() -> None:
+    """A padding mask is fixed where attribution starts, at the embedding."""
+    table = nn.Embedding(10, 5)
+
+    def model(ids: Tensor) -> Tensor:
+        return W(table(ids).masked_fill((ids > 7)[..., None], 3.0))
+
+    assert fgt.check_completeness(model, torch.randint(0, 10, (2, 4)), beside=()).complete is True
+
+
+# --------------------------------------------------------------------------- spelled out
+
+
+SPELLED: dict[str, tuple[Function, Function]] = {
+    "gelu of GPT-2": (
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        lambda x: F.gelu(x, approximate="tanh"),
+    ),
+    "gelu by erf": (lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))), F.gelu),
+    "silu": (lambda x: x * torch.sigmoid(x), F.silu),
+    "silu as a quotient": (lambda x: x / (1 + torch.exp(-x)), F.silu),
+    "mish": (lambda x: x * torch.tanh(torch.log1p(torch.exp(x))), F.mish),
+    "hardswish": (lambda x: x * F.relu6(x + 3) / 6, F.hardswish),
+    "hardswish by a clamp": (lambda x: x * torch.clamp(x + 3, 0, 6) / 6, F.hardswish),
+    "softplus": (lambda x: torch.log(1 + torch.exp(x)), F.softplus),
+    "softplus by log1p": (lambda x: torch.log1p(torch.exp(x)), F.softplus),
+    "softplus, stable": (lambda x: x.relu() + torch.log1p(torch.exp(-x.abs())), F.softplus),
+    "sigmoid": (lambda x: 1 / (1 + torch.exp(-x)), torch.sigmoid),
+    "sigmoid as a quotient": (lambda x: (e := torch.exp(x)) / (1 + e), torch.sigmoid),
+    "sigmoid by tanh": (lambda x: 0.5 * (torch.tanh(x / 2) + 1), torch.sigmoid),
+    "tanh": (lambda x: (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x)), torch.tanh),
+    "elu": (lambda x: torch.where(x > 0, x, torch.exp(x) - 1), F.elu),
+    "log sigmoid": (lambda x: torch.log(torch.sigmoid(x)), F.logsigmoid),
+    "log1p": (lambda x: torch.log(1 + x.abs()), lambda x: torch.log1p(x.abs())),
+    "square": (lambda x: x * x, torch.square),
+    "expm1": (lambda x: torch.exp(x) - 1, torch.expm1),
+}
+
+
+def gradient(function: Function, policy: str) -> Tensor:
+    x = X.double().requires_grad_()
+    model: Any = fgt.balance(lambda u: function(u) * P.double(), x.detach(), policy)
+    return torch.autograd.grad(model(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize("policy", ["libra", "integrated", "attnlrp", "decompx", "without-gate"])
+@pytest.mark.parametrize("name", SPELLED)
+def test_has_the_rule_of_the_fused_one(name: str, policy: str) -> None:
+    spelled, fused = SPELLED[name]
+    torch.testing.assert_close(gradient(spelled, policy), gradient(fused, policy))
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_is_complete_under_its_plan(name: str) -> None:
+    report = fgt.check_completeness(lambda x: SPELLED[name][0](W(x)), X, policy="libra", beside=())
+    assert report.complete is True, str(report)
+
+
+def test_a_folded_function_is_saved_with_its_plan(tmp_path: Any) -> None:
+    spelled, _ = SPELLED["softplus"]
+    plan = fgt.derive_rules(spelled, X)
+    (edit,) = plan.edits
+    assert len(edit.folds) == 3 and edit.origin == pytest.approx(math.log(2.0))
+    plan.save(tmp_path / "plan.json")
+    again = fgt.Plan.load(tmp_path / "plan.json")
+    assert again == plan and fgt.check_completeness(spelled, X, policy=again).complete is True
+    lied = [edit.__class__(edit.node, edit.folds, origin) for origin in (0.0,)]
+    from dataclasses import replace
+
+    false = replace(plan, edits=tuple(lied), reasons={})
+    assert fgt.check_completeness(spelled, X, policy=false).complete is not True
