@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..graph.computation import ComputationGraph
+from ..graph.computation import ComputationGraph, holds_tensor
 from ..graph.door import copied, modules_of
 from ..operators.calls import is_ray
 from .lifting import WIDE, wide
@@ -82,7 +82,7 @@ def widened(module: fx.GraphModule) -> fx.GraphModule:
 def _widen_node(node: fx.Node) -> None:
     node.args, node.kwargs = pytree.tree_map(_widen, (node.args, node.kwargs))
     value = node.meta.get("val")
-    makes = node.op == "call_function" and not node.all_input_nodes
+    makes = node.op == "call_function" and not any(map(holds_tensor, node.all_input_nodes))
     if not makes or not isinstance(value, Tensor) or node.kwargs.get("dtype") is not None:
         return
     if value.dtype in WIDE:

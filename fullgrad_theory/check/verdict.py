@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from math import inf, isnan
+from math import inf, isfinite, isnan
 
 from ..graph.sources import module_path, source_line
 from ..operators.calls import short_name, target_name
@@ -91,26 +91,18 @@ def report_of(structure: Structure, evidence: Evidence | None, bounds: Bounds) -
     """
     judgements = _judgements(structure, evidence, bounds)
     problems, notes = structure.problems, structure.notes
-    undecided, of_sum = False, Sum.ADDS_UP
+    of_sum = Sum.ADDS_UP
     if evidence is not None:
         of_sum = sum_of(structure, evidence, bounds)
-        problems = (*problems, *_found_problems(structure, evidence, bounds, of_sum))
-        notes = (*notes, *_found_notes(evidence, bounds))
-        undecided = bool(
-            evidence.at_perturbed is None
-            or evidence.problems
-            or of_sum is Sum.ROUNDED_AWAY
-            or (of_sum is Sum.UNEXPLAINED and not evidence.modified)
-        )
-    complete = all(j.fine for j in judgements.values()) and not problems
-    if not undecided and not any(j.verdict in BROKEN for j in judgements.values()):
-        unknown = any(j.verdict is Verdict.UNKNOWN for j in judgements.values())
-        undecided = unknown and of_sum in (Sum.ADDS_UP, Sum.ROUNDED_AWAY)
+        found = [*_found_problems(structure, evidence, bounds, of_sum)]
+        problems, notes = (*problems, *found), (*notes, *_found_notes(evidence, bounds))
+    fine = all(j.fine for j in judgements.values()) and not problems
+    complete = True if fine else _unless_shown(structure, evidence, bounds, of_sum)
     measured = [whole.found for whole in evidence.wholes] if evidence else []
     return Report(
         model=structure.graph.name,
         policy=structure.policy,
-        complete=None if undecided else complete,
+        complete=complete,
         error=evidence.error if evidence and measured else None,
         error_before=evidence.unedited.found.relative if evidence and evidence.unedited else None,
         nodes=tuple(_node(structure, evidence, *judged) for judged in judgements.items()),
@@ -119,6 +111,28 @@ def report_of(structure: Structure, evidence: Evidence | None, bounds: Bounds) -
         problems=tuple(dict.fromkeys(problems)),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _unless_shown(
+    structure: Structure, evidence: Evidence | None, bounds: Bounds, of_sum: Sum
+) -> bool | None:
+    """False where something was shown to be wrong; None where problems only stand in the way.
+
+    A node whose lemma and residual disagree is a contradiction, and shows nothing.
+    """
+    broken = any(j.verdict in BROKEN for j in _judgements(structure, evidence, bounds).values())
+    shown = broken or any(structure.problems)
+    if evidence is None:
+        return False if shown else None
+    if evidence.forward in (Forward.OTHER, Forward.RANDOM) or evidence.at_perturbed is None:
+        return None  # the trace is not the model, or nothing was measured
+    if of_sum is Sum.ROUNDED_AWAY:
+        return None
+    infinite = not all(isfinite(e) for e in evidence.local.errors.values())
+    misses = of_sum in (Sum.MISSES, Sum.UNDETERMINED)
+    modified = of_sum is Sum.UNEXPLAINED and evidence.modified
+    small = _input_share(evidence.wholes) < bounds.least_share
+    return False if shown or infinite or misses or modified or small else None
 
 
 def sum_of(structure: Structure, evidence: Evidence, bounds: Bounds) -> Sum:

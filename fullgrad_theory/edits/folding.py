@@ -64,6 +64,7 @@ def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> No
     reads = dict.fromkeys(u for n in inside for u in n.all_input_nodes if u not in inside)
     for value in reads:
         copies[value] = graph_of_region.placeholder(value.name)
+        copies[value].meta = dict(value.meta)
     for node in inside:
         copies[node] = graph_of_region.node_copy(node, copies.__getitem__)
     leaving = nodes[edit.node]
