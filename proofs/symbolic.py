@@ -971,8 +971,9 @@ def residual(name: str, sample: Sample, edit: str | None = None) -> list[sp.Expr
     """sum_i d_i J~_i u_i + sum_b J~_b b - d v of one call, element by element, for *all* operand
     degrees that its mode's relation allows. The lemma of the operation's class says: identically 0.
 
-    For an integral along the ray J~ u is f(u) less what f(t u) tends to at t = 0; what is left is
-    that less f(0). Raises ValueError where the operation has no such edit.
+    What a piecewise linear operation leaves is its bias leaf, which has to be constant. For an
+    integral along the ray J~ u is f(u) less what f(t u) tends to at t = 0; what is left is that
+    less f(0). Raises ValueError where the operation has no such edit.
     """
     seen = call(name, sample)
     mode: Mode | None = next((m for m in seen.operator.modes(seen) if m.edit == edit), None)
@@ -997,7 +998,9 @@ def residual(name: str, sample: Sample, edit: str | None = None) -> list[sp.Expr
                     if edit == "secant"
                     else _euler(made, value, weights)
                 )
-                rest.append(carried - degree * value)
+                missing = carried - degree * value
+                affine = seen.operator.algebra is Algebra.PIECEWISE and not edit
+                rest.append(_euler(made, missing, weights) if affine else missing)
     return rest
 
 

@@ -357,8 +357,8 @@ LAYERS: dict[str, Layer] = {
     "gated recurrent unit": Layer(
         gru,
         [
-            "secant sigmoid",
-            "prune mul_1.other",
+            "secant tanh",
+            "prune mul_1.self",
             "prune sigmoid_2.self",
             "prune mul_3.self",
             "secant tanh_1",
@@ -368,12 +368,14 @@ LAYERS: dict[str, Layer] = {
         ],
         (SEQ,),
     ),
-    # the cheapest: what an output gate lets through is fixed, and the gate itself is explained
+    # a state of zeros is no state; later what an output gate lets through is fixed, the gate explained
     "long short-term memory": Layer(
         lstm,
         [
-            "secant sigmoid_2",
-            "prune mul_2.other",
+            "secant tanh",
+            "prune mul_1.self",
+            "secant tanh_1",
+            "prune mul_2.self",
             "secant sigmoid_5",
             "prune mul_5.other",
             "secant sigmoid_8",
@@ -384,9 +386,8 @@ LAYERS: dict[str, Layer] = {
     "minimal gated unit": Layer(
         minimal_gated_unit,
         [
-            "secant sigmoid",
             "secant tanh",
-            "scale mul_2 by 1/2",
+            "prune mul_2.self",
             "prune sigmoid_1.self",
             "secant tanh_1",
             "prune sigmoid_2.self",
@@ -396,7 +397,7 @@ LAYERS: dict[str, Layer] = {
     ),
     "selective scan": Layer(
         selective_scan,
-        ["secant silu", "prune mul_4.self", "prune mul_9.self", "prune mul_14.self"],
+        ["secant silu", "prune softplus.self", "scale stack by 1/3"],
         (SEQ,),
     ),
     "Mamba": Layer(

@@ -1,7 +1,8 @@
 """A sub-layer folded into one call, so that it can be edited as one function.
 
 The folded graph is a graph like any other: the region's exit keeps its name and calls the region,
-whose operands are the values it reads from outside, weights included.
+whose operands are the values it reads from outside, weights included. What is read from within it
+elsewhere is computed there once more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .base import Edit
 def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
     """The graph with the region of every edit that has one folded into its exit; itself without.
 
-    Raises `PlanError` where a region is not in the graph, has another exit, or changes autocast.
+    Raises `PlanError` where a region is not in the graph or changes autocast.
     """
     todo = [e for e in edits if e.folds and _open(graph, e)]
     if not todo:
@@ -51,10 +52,6 @@ def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> No
     if missing:
         raise PlanError(f"the region of {edit.node} is not of this graph: {', '.join(missing[:5])}")
     inside = [n for n in module.graph.nodes if n.name in {edit.node, *edit.folds}]
-    leave = exits(inside)
-    if [n.name for n in leave] != [edit.node]:
-        names = "; ".join(graph.describe(n.name) for n in leave[:4])
-        raise PlanError(f"a region is left at one node, {edit.node}; this one is left at {names}")
     order = list(module.graph.nodes)
     between = order[order.index(inside[0]) : order.index(inside[-1])]
     if any(n.target in (enter_autocast, leave_autocast) for n in between):
@@ -75,7 +72,7 @@ def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> No
         inner = module.graph.get_attr(path)
     leaving.target, leaving.args, leaving.kwargs = region_of, (inner, edit.node, *reads), {}
     for node in reversed(inside):
-        if node is not leaving:
+        if node is not leaving and not node.users:  # what others read as well stays beside it
             module.graph.erase_node(node)
 
 

@@ -52,8 +52,8 @@ class Operator:
     does not tell. `view`: how what is written through it comes back. `opened`: the devices on which
     a trace holds torch's own steps in its place, None for all. `refuses`: a reason to refuse a call
     (training-mode batch norm). `becomes`: the record that it has where the arguments and what moves
-    among them make it another function (a determinant of known size). `jumps`: whether it jumps
-    from its operand to its constant. `roles`: what it is used for. `proved`: whether its meaning
+    among them make it another function (a determinant of known size). `jumps`: the operands whose
+    factor jumps. `roles`: what it is used for. `proved`: whether its meaning
     was proved.
     """
 
@@ -71,7 +71,7 @@ class Operator:
     opened: Collection[str] | None = ()
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None
     becomes: Callable[[Mapping[str, Any], Collection[str]], Operator | None] | None = None
-    jumps: Callable[[Mapping[str, Any]], bool] | None = None
+    jumps: Callable[[Mapping[str, Any]], Collection[str]] | None = None
     roles: frozenset[Role] = frozenset()
     proved: bool = False
     note: str = ""

@@ -34,8 +34,9 @@ def mark_jumps(walk: Walk) -> dict[str, Call]:
 
 def _jumps(walk: Walk, name: str, call: Call) -> bool:
     jumps = call.operator.jumps
-    if jumps is not None and jumps(call.arguments):
-        return bool(constant_monomials(call))
+    if jumps is not None:
+        found = {*jumps(call.arguments)}
+        return any(found & {*monomial} for monomial in constant_monomials(call))
     relations = polynomial(call.operator.signature, call) if call.operator.kind.ruled else None
     if relations is None or not walk.is_live(walk.graph.nodes[name]):
         return False

@@ -614,8 +614,8 @@ def multiple(tangents: Sequence[Tensor], values: Sequence[Tensor]) -> Local:
         top = float(v.abs().max()) if v.numel() else 0.0
         sizes.append((float(t.abs().max()) if t.numel() else 0.0, top))
         if top > 1e-13:
-            above += float(torch.real(t.conj() * v).sum()) / top**2
-            below += float((v.abs() ** 2).sum()) / top**2
+            above += float(torch.real((t / top).conj() * (v / top)).sum())
+            below += float(((v / top).abs() ** 2).sum())
     if all(t <= 1e-9 * max(v, 1e-3) for t, v in sizes):
         return Local(0.0, 0.0)
     degree = above / below if below else 0.0

@@ -447,7 +447,7 @@ def samples(
 
 KINKS = (0.0, 0.5, -0.5, 1.0, -3.0, 3.0, 6.0)
 _SINGULAR = ("aten.linalg_inv", "aten.linalg_solve")
-_KINKED = {Algebra.HOMOGENEOUS, Algebra.ZERO_ORIGIN, Algebra.ELEMENTWISE}
+_KINKED = {Algebra.HOMOGENEOUS, Algebra.ZERO_ORIGIN, Algebra.ELEMENTWISE, Algebra.PIECEWISE}
 
 
 def kinks(name: str, dtype: torch.dtype = torch.float64) -> Iterator[Sample]:

@@ -23,9 +23,9 @@ def _refuse_order_zero(arguments: Mapping[str, Any]) -> str | None:
     return "a norm of order 0 counts, it measures nothing" if order == 0 else None
 
 
-def _falls_short(arguments: Mapping[str, Any]) -> bool:
-    """Whether there is a jump from the threshold to the value that stands for all below it."""
-    return bool(arguments["threshold"] != arguments["value"])
+def _falls_short(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """There is a jump where the value that stands for all below the threshold is another."""
+    return ("self", "value") if arguments["threshold"] != arguments["value"] else ()
 
 
 TABLE: Table = (
@@ -59,7 +59,7 @@ TABLE: Table = (
         "remainder.Scalar remainder.Tensor fmod.Scalar fmod.Tensor",
         "self + other",
         reader=readers.remaining,
-        jumps=lambda arguments: True,
+        jumps=lambda arguments: ("other",),
     ),
     *homogeneous("square var var.dim var.correction", "self^2"),
     *homogeneous("sqrt", "self^1/2"),
