@@ -368,7 +368,7 @@ LAYERS: dict[str, Layer] = {
         ],
         (SEQ,),
     ),
-    # a state of zeros is no state; later what an output gate lets through is fixed, the gate explained
+    # a state of zeros is none; later what an output gate lets through is fixed, the gate explained
     "long short-term memory": Layer(
         lstm,
         [
