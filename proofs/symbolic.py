@@ -463,11 +463,6 @@ def _cdist(at: Region, x1: Array, x2: Array, p: Any, **_: Any) -> Array:
     return _norm(at, x1[..., :, None, :] - x2[..., None, :, :], ord=p, dim=-1)
 
 
-def _cosine(at: Region, x1: Array, x2: Array, dim: int, eps: Any) -> Array:
-    longer = [_map(_larger(at), _norm(at, x, dim=dim), rational(eps)) for x in (x1, x2)]
-    return _sum(x1 * x2, dim) / (longer[0] * longer[1])
-
-
 def _whitened(
     at: Region, input: Array, axes: tuple[int, ...], eps: Any, centre: bool = True
 ) -> tuple[Array, Array, Array]:
@@ -665,7 +660,6 @@ _TABLE: dict[str, Meaning] = {
     "abs absolute": _each(lambda u, at: _modulus(u, at)),
     "sgn": _each(lambda u, at: u / _modulus(u, at) if at.value(u) else sp.Integer(0)),
     "angle": _each(lambda u, at: sp.atan2(*reversed(u.as_real_imag()))),
-    "cosine_similarity": _cosine,
     "polar": lambda abs, angle: _map(lambda r, a: r * (sp.cos(a) + sp.I * sp.sin(a)), abs, angle),
     "maximum fmax max.other": lambda at, self, other: _map(_larger(at), self, other),
     "minimum fmin min.other": lambda at, self, other: _map(_smaller(at), self, other),

@@ -180,6 +180,34 @@ def test_has_the_rule_of_the_fused_one(name: str, policy: str) -> None:
     torch.testing.assert_close(gradient(spelled, policy), gradient(fused, policy))
 
 
+WHOLE: dict[str, Function] = {
+    "a kernel of Student's": lambda x: 1 / (1 + x**2),
+    "an inverse root": lambda x: (1 + x**2).rsqrt(),
+    "a saturating square": lambda x: x**2 / (1 + x**2),
+    "an inverse distance": lambda x: 1 / (1 + x.abs()),
+    "a logarithm of a sign": lambda x: torch.sign(x) * torch.log(1 + x.abs()),
+    "log cosh": lambda x: torch.log(torch.cosh(x)),
+    "an exponential inside": lambda x: torch.tanh(torch.exp(x)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_has_no_degree_in_parts_has_the_secant_of_the_whole(name: str) -> None:
+    function, x = WHOLE[name], X.double().requires_grad_()
+    (found,) = torch.autograd.grad(fgt.balance(function, x.detach())(x).sum(), x)
+    secant = (function(x) - function(torch.zeros_like(x))) / x
+    torch.testing.assert_close(found, secant)
+    assert fgt.check_completeness(function, X, policy="libra", beside=()).complete is True
+
+
+def test_a_soft_codebook_has_a_plan() -> None:
+    def model(x: Tensor) -> Tensor:
+        near = 1 / (1 + torch.cdist(x, P.expand(4, -1) + torch.arange(4.0)[:, None]) ** 2)
+        return near / near.sum(-1, keepdim=True) @ torch.ones(4, 3)
+
+    assert fgt.check_completeness(model, X, policy="libra", beside=()).complete is True
+
+
 @pytest.mark.parametrize("name", SPELLED)
 def test_is_complete_under_its_plan(name: str) -> None:
     report = fgt.check_completeness(lambda x: SPELLED[name][0](W(x)), X, policy="libra", beside=())

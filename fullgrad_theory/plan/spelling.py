@@ -34,11 +34,11 @@ def spelled(graph: ComputationGraph, before: Degrees) -> tuple[Secant, ...]:
         if name in taken or not _curves(before, name):
             continue
         inner = _gated(graph, before, name, constants)
-        region = _widest(graph, before, graph.nodes[name], constants, inner)
-        origin = None if region is None else _origin(region)
-        if region is None or origin is None:
+        widest = _widest(graph, before, graph.nodes[name], constants, inner)
+        if widest is None:
             taken |= inner
             continue
+        region, origin = widest
         inside = [n.name for n in region.inside]
         taken |= {*inside}
         found.append(Secant(name, tuple(inside), origin))
@@ -78,21 +78,26 @@ def _widest(
     exit: fx.Node,
     constants: Constants,
     inner: set[str],
-) -> Region | None:
-    """The region back to behind the last operation that is not 0 at 0, from the exit."""
-    best = None
-    shifted = 0
+) -> tuple[Region, float] | None:
+    """The region back to behind the last operation that is not 0 at 0, from the exit; its f(0)."""
+    best, shifted = None, 0
+    singular = before.live.calls[exit.name].operator.algebra is Algebra.SINGULAR
     for region in regions_at(graph, exit, _moves(before), constants):
         if before.live.state(region.entry) is not State.LIVE:
             continue
         inside = [n for n in region.inside if n is not exit and n.name not in inner]
         calls = [before.live.calls[n.name] for n in inside if n.name in before.live.calls]
+        # 1/(1 + u^2) is one function of u, (mean(x^2) + eps)^-1/2 the scale of a norm
+        linear = before.facts[region.entry.name][0].degree == 1
         count = sum(
-            bool(c.operator.origin) or c.operator.algebra is Algebra.SINGULAR for c in calls
+            bool(c.operator.origin)
+            or c.operator.algebra is Algebra.SINGULAR
+            or (c.eps and linear)
+            for c in calls
         )
-        singular = before.live.calls[exit.name].operator.algebra is Algebra.SINGULAR
-        if count > shifted or (singular and best is None and _origin(region) is not None):
-            best, shifted = region, count
+        origin = _origin(region) if count > shifted or (singular and best is None) else None
+        if origin is not None:
+            best, shifted = (region, origin), count
     return best
 
 

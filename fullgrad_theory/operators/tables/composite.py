@@ -1,7 +1,8 @@
 """Composites: a trace holds what torch makes of them, and that is judged.
 
 meshgrid and its like return a view of each of their operands, which have nothing to do with each
-other. Recurrent cells are steps on the CPU; elsewhere they are kernels with other bits. Those of
+other. A cosine similarity normalises both of its operands, and each norm can be held fixed in its
+place. Recurrent cells are steps on the CPU; elsewhere they are kernels with other bits. Those of
 LSTM and GRU write in place, in strides of their own, and a functional copy of them has other bits:
 they stay whole.
 """
@@ -26,6 +27,7 @@ TABLE: Table = (
         opened=None,
         proved=False,
     ),
+    *composite("cosine_similarity", "x1", opened=None, proved=False),
     *composite(
         "rnn_tanh_cell rnn_relu_cell",
         "input",

@@ -37,7 +37,6 @@ TABLE: Table = (
     ),
     *homogeneous("prelu", roles=(Role.POINTWISE,)),
     *homogeneous("sgn angle", "self^0"),
-    *homogeneous("cosine_similarity", "x1^0*x2^0"),
     *homogeneous("polar", "abs"),
     *homogeneous("maximum minimum fmax fmin max.other min.other hypot", "self + other"),
     *homogeneous("max.dim", "self ; -", roles=(Role.REDUCTION,)),
