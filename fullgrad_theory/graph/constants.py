@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -37,6 +38,12 @@ class Constants:
             meta = isinstance(value, Tensor) and value.is_meta
             self._values[node] = None if meta else value
         return self._values[node]
+
+    def beside(self, values: Mapping[fx.Node, Any]) -> Constants:
+        """These, and some nodes that count as constants of these values."""
+        made = copy.copy(self)
+        made._values = {**self._values, **values}
+        return made
 
     def number(self, node: fx.Node) -> float | None:
         """The number that every entry of a constant is, None where there is no such number."""

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from ..graph.computation import tensor_value
 from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..operators.registry import record_of
 from ..operators.relations import constant_monomials, polynomial
-from .regions import Region, region_at
+from .regions import Region, choices_at, is_flag, region_at
 
 if TYPE_CHECKING:
     from .states import Walk
@@ -47,8 +46,10 @@ def _jumps(walk: Walk, name: str, call: Call) -> bool:
     sides = [{leaf for n, _ in t for leaf in _leaves(walk, call.node(n))} for t in relation.terms]
     if not constant_monomials(call) and all(side == sides[0] for side in sides):
         return False
-    region = region_at(walk.graph, walk.graph.nodes[name], walk.moves, walk.constants)
-    return region is None or not is_continuous(region)
+    at = (walk.graph, walk.graph.nodes[name], walk.moves, walk.constants)
+    region = region_at(*at)
+    ways = choices_at(*at) if region is None else iter([(region,)])
+    return not any(all(map(is_continuous, way)) for way in ways)
 
 
 def _leaves(walk: Walk, value: fx.Node | None) -> set[str]:
@@ -82,20 +83,15 @@ def _steps(region: Region) -> list[fx.Node]:
     steps: list[fx.Node] = []
     for node in region.inside:
         record = record_of(node)
-        of_flags = all(_is_flag(n) for n in node.all_input_nodes)
+        of_flags = all(is_flag(n) for n in node.all_input_nodes)
         if record is not None and record.algebra is Algebra.FREEZING and not of_flags:
             steps.append(node)
     return steps
 
 
-def _is_flag(node: fx.Node) -> bool:
-    value = tensor_value(node)
-    return value is not None and value.dtype is torch.bool
-
-
 def _turn(region: Region, node: fx.Node) -> Tensor | None:
     """Where a comparison of two affine functions turns, NaN where it does not; None for others."""
-    if not _is_flag(node) or len(node.args) != 2 or not _compares_affine(region, node):
+    if not is_flag(node) or len(node.args) != 2 or not _compares_affine(region, node):
         return None
 
     def difference(u: Tensor) -> Tensor:

@@ -83,6 +83,43 @@ def regions_at(
                 yield Region(entry, exit, tuple(reversed(inside)), constants)
 
 
+def choices_at(
+    graph: ComputationGraph, exit: fx.Node, moves: Moves, constants: Constants
+) -> Iterator[tuple[Region, ...]]:
+    """What ends at a node as a function of several values, of which each moves in turn, the others
+    held at some numbers. First of what the conditions alone read, then of what all pointwise calls
+    do."""
+    for expands in (is_flag, is_pointwise):
+        frontier, inside, entries = {exit}, [], set()
+        while frontier:
+            node = max(frontier, key=graph.places.__getitem__)
+            frontier.remove(node)
+            if not _alike(node, exit) or not is_pointwise(exit):
+                return
+            if node is exit or (is_pointwise(node) and expands(node)):
+                inside.append(node)
+                frontier |= {n for n in node.all_input_nodes if moves(n)}
+            elif is_float(node):
+                entries.add(node)
+            else:
+                return
+        made = []
+        for scale in (1.0, -0.7, 2.3):
+            ordered = sorted(entries, key=graph.places.__getitem__)
+            held = {n: torch.tensor(scale * (0.37 + k)) for k, n in enumerate(ordered)}
+            for entry in ordered:
+                others = {n: v.double() for n, v in held.items() if n is not entry}
+                inner = tuple(reversed(inside))
+                made.append(Region(entry, exit, inner, constants.beside(others)))
+        yield tuple(made)
+
+
+def is_flag(node: fx.Node) -> bool:
+    """Whether a node is true or false."""
+    value = tensor_value(node)
+    return value is not None and value.dtype is torch.bool
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """Whether a call computes each element from those in its place alone."""
     record = record_of(node)

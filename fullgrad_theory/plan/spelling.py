@@ -28,15 +28,16 @@ def spelled(graph: ComputationGraph, before: Degrees) -> tuple[Secant, ...]:
     """The regions that stand for one function each; `before`: the labelling without edits."""
     live = before.live
     constants = Constants(graph, lambda n: live.state(n) is not State.CONSTANT)
+    gated = {name: _gated(graph, before, name, constants) for name in live.calls}
+    apart: set[str] = set().union(*gated.values())
     taken: set[str] = set()
     found = []
     for name in [n for n in reversed(graph.nodes) if n in before.alive and n in live.calls]:
         if name in taken or not _curves(before, name):
             continue
-        inner = _gated(graph, before, name, constants)
-        widest = _widest(graph, before, graph.nodes[name], constants, inner)
+        widest = _widest(graph, before, graph.nodes[name], constants, apart)
         if widest is None:
-            taken |= inner
+            taken |= gated[name]
             continue
         region, origin = widest
         inside = [n.name for n in region.inside]
@@ -90,9 +91,7 @@ def _widest(
         # 1/(1 + u^2) is one function of u, (mean(x^2) + eps)^-1/2 the scale of a norm
         linear = before.facts[region.entry.name][0].degree == 1
         count = sum(
-            bool(c.operator.origin)
-            or c.operator.algebra is Algebra.SINGULAR
-            or (c.eps and linear)
+            bool(c.operator.origin) or c.operator.algebra is Algebra.SINGULAR or (c.eps and linear)
             for c in calls
         )
         origin = _origin(region) if count > shifted or (singular and best is None) else None

@@ -7,7 +7,8 @@ operands that carry gradient have their own values for tangents (degree 1) or, n
 nothing (degree 0), constants may be leaves: the fewest whose contributions, finite differences
 along their own rays, make the tangent the value. None may contribute through a frozen operand, no
 literal through any (celu's alpha does), and a tensor through a live one only where the call is not
-linear in it (hypot, not a weight). A literal that reaches divisors alone is none.
+linear in it (hypot, not a weight). A literal that reaches divisors alone is none, nor is a constant
+that the input selects where the value jumps.
 
 This decides bias leaf and coefficient by numbers alone. It shares no table, degree, signature or
 residual with the library; it shares the traced graph and the rewritten module, which are what is
@@ -17,10 +18,11 @@ so that f(0) is a leaf, is a matter of that module too: it is told by whoever ed
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from torch.utils import _pytree as pytree
 TOLERANCE = 1e-7
 STEP = 2.0**-16
 NUDGE = 1e-6
+PATH = 48
 _BLENDS = {"weight"}
 """lerp's: x + weight (end - x), so that `end` meets x first, and a frozen weight both of them"""
 _SHAPE_ONLY = ("_like", "new_", "sym_")
@@ -147,6 +150,7 @@ class Tracker:
         self.locals: dict[fx.Node, tuple[Local, ...]] = {}
         self.saturated: set[str] = set()
         """nodes whose value is a constant's at every point"""
+        self.points = points
         self.given = [iter(point) for point in points]
         self.count = len(points)
 
@@ -288,6 +292,8 @@ class Tracker:
                 if error < TOLERANCE:
                     if found.degree is not None:
                         self.saturated.add(node.name)
+                    if any(self._steps(node, c[0], c[1], item) for c in chosen):
+                        return Local(None, error)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
         self._refuse_inherited(node, tangents, values)
         self._refuse_noise(bounds, item, values)
@@ -337,6 +343,69 @@ class Tracker:
                     after, before = (_side(bounds[k], place.index, item, s) for s in (STEP, -STEP))
                     if wide and not torch.allclose(after, before, rtol=1e-2, atol=100 * size):
                         raise Unjudged(f"a kink lies at {place.label}")
+
+    # ------------------------------------------------------------------ one jump
+
+    def _steps(self, node: fx.Node, label: str, added: Sequence[Tensor], item: int) -> bool:
+        """Whether a constant's contribution jumps with the value while no operand does: where the
+        input selects it so, it is no leaf. Looked for on a closed path through the points."""
+        if all(a.numel() == 0 or torch.allclose(a, a.flatten()[0]) for a in added):
+            return False  # a bias that is added everywhere
+
+        @torch.no_grad()
+        def at(t: float) -> Seen | None:
+            bound = self._bound(node, t)
+            if bound is None:
+                return None
+            moving = [p.value for p in bound.places if p.node in self.moving and is_real(p.value)]
+            index = next((p.index for p in bound.places if p.label == label), None)
+            ray = _own(bound, self._moved(bound), item) if index is None else None
+            ray = ray if index is None else _ray(bound, index, item, {}, 2.0**-30)
+            return None if ray is None else Seen(ray, _outputs(bound.run({}))[item], moving)
+
+        times = [0.03 + 2 * math.pi * k / PATH for k in range(PATH + 1)]
+        rises = []
+        for k, (a, b) in enumerate(pairwise(map(at, times))):
+            if a and b and a.added.shape == b.added.shape and a.added.numel():
+                rise = torch.nan_to_num((a.added - b.added).abs().flatten(), 0.0, 0.0, 0.0)
+                noise = 1e-4 * max(1.0, _top(a.value), _top(b.value))  # of a difference
+                if float(rise.max()) > noise:
+                    rises.append((float(rise.max()), k, int(rise.argmax())))
+        return any(
+            _jumps(at, times[k], times[k + 1], place, rise)
+            for rise, k, place in sorted(rises, reverse=True)[:3]
+        )
+
+    def _moved(self, bound: Bound) -> list[Place]:
+        return [
+            p
+            for p in bound.places
+            if p.node is not None and self._is_live(p.node) and is_real(p.value)
+        ]
+
+    def _is_live(self, node: fx.Node) -> bool:
+        return any(self.live.get(node, ()))
+
+    def _bound(self, node: fx.Node, t: float) -> Bound | None:
+        """A node's call at a time of the path."""
+        here, there = self.points[0], self.points[-1]
+        pairs = zip(here, there, strict=True)
+        given = iter(3 * (a * math.cos(t) + b * math.sin(t)) if is_real(a) else a for a, b in pairs)
+        env: dict[fx.Node, Any] = {}
+        try:
+            for n in self.module.graph.nodes:
+                if n is node:
+                    return Bound(node, env.__getitem__)
+                if n.op == "placeholder":
+                    env[n] = next(given)
+                elif n.op == "get_attr":
+                    env[n] = _attribute(self.module, str(n.target))
+                else:
+                    args, kwargs = fx.map_arg((n.args, n.kwargs), env.__getitem__)
+                    env[n] = n.target(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError):
+            pass  # a point outside of an operation's domain
+        return None
 
     def _of_degree_one_or_zero(self, node: fx.Node) -> bool:
         """Whether each operand that carries gradient has its own value for a tangent, or nothing;
@@ -391,7 +460,28 @@ class Tracker:
                     same = self._curved(bounds, place.index, item, here)
                 if same and max(sizes) > 1e-12:
                     found.append((place.label, here))
+            found += self._intercept(bounds, item)
         return found + self._origin(node, bounds, item)
+
+    def _intercept(self, bounds: list[Bound], item: int) -> list[tuple[str, list[Tensor]]]:
+        """The constants inside of a piecewise linear call (a hard sigmoid's 1/2): what it adds by
+        itself, the same when its operand moves."""
+        live = [self._moved(b) for b in bounds]
+        read = sum(p.node in self.moving for p in bounds[0].places)
+        if read != 1 or any(len(places) != 1 for places in live):
+            return []
+        here = [_own(b, places, item) for b, places in zip(bounds, live, strict=True)]
+        added = [x for x in here if x is not None and x.numel()]
+        if len(added) < len(bounds):
+            return []
+        for bound, (place,), x in zip(bounds, live, added, strict=True):
+            sides = (replace(place, value=place.value * t) for t in (0.99, 1.01))
+            near = [_own(bound, [side], item) for side in sides]
+            # on one side at least there is no kink
+            gaps = [(y - x).abs() for y in near if y is not None]
+            if not gaps or float(torch.stack(gaps).amin(0).max()) > 1e-10 * max(1.0, _top(x)):
+                return []
+        return [("its own", added)] if max(map(_top, added)) > 1e-9 else []
 
     def _curved(self, bounds: list[Bound], index: int, item: int, here: list[Tensor]) -> bool:
         """Whether a call is not linear in a constant: hypot's is no coefficient, a weight is.
@@ -566,6 +656,61 @@ def _ray(
     a, b, c, d = parts
     slope = (8 * (c - b) - (d - a)) / (12 * step)
     return torch.where(torch.isfinite(slope), slope, 0.0) if not slope.is_complex() else slope
+
+
+@dataclass
+class Seen:
+    """At one time of a path: what a constant adds to a value, the value, and the operands."""
+
+    added: Tensor
+    value: Tensor
+    operands: list[Tensor]
+
+    def apart(self, other: Seen, place: int) -> tuple[float, float]:
+        pairs = ((self.added, other.added), (self.value, other.value))
+        a, b = (float((x.flatten()[place] - y.flatten()[place]).abs()) for x, y in pairs)
+        return a, b
+
+
+def _jumps(
+    at: Callable[[float], Seen | None], before: float, after: float, place: int, rise: float
+) -> bool:
+    """Whether, as an interval shrinks, contribution and value keep a rise, the operands none."""
+    a, b = at(before), at(after)
+    for _ in range(18):  # wide still beside a ray
+        middle = (before + after) / 2
+        m = at(middle)
+        if a is None or b is None or m is None or m.added.shape != a.added.shape:
+            return False
+        if a.apart(m, place)[0] > m.apart(b, place)[0]:
+            after, b = middle, m
+        else:
+            before, a = middle, m
+    if a is None or b is None:
+        return False
+    added, value = a.apart(b, place)
+    pairs = zip(a.operands, b.operands, strict=True)
+    still = all(torch.allclose(u, v, rtol=1e-5, atol=1e-5) for u, v in pairs)
+    return still and added > 0.1 * rise and value > 0.01 * rise
+
+
+def _top(value: Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
+
+
+def _own(bound: Bound, live: Sequence[Place], item: int) -> Tensor | None:
+    """What a call adds by itself: its value less its derivative along the ray of its operands."""
+
+    def run(t: float) -> Tensor:
+        made = bound.run({p.index: p.value * t for p in live})
+        found: Tensor = _outputs(made)[item]
+        return found
+
+    try:
+        a, b, c, d = (run(1 + k * STEP) for k in (-2, -1, 1, 2))
+        return run(1.0) - (8 * (c - b) - (d - a)) / (12 * STEP)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
 
 
 def _gap(tangent: Any, value: Any) -> float:

@@ -27,6 +27,7 @@ from ..backward.balanced import Balanced, balance, rewrite
 from ..check.completeness import check_completeness
 from ..check.report import Report, Verdict
 from ..edits.base import Edit
+from ..edits.folding import fold
 from ..edits.freezing import FreezeScale
 from ..edits.integrating import Integrate
 from ..edits.pruning import Prune
@@ -41,6 +42,7 @@ from ..operators.registry import lookup
 from ..plan.derivation import derive_rules
 from ..plan.labelling import Degrees, Fact, degrees
 from ..plan.plan import Plan
+from ..plan.states import liveness
 from .independent import Bound, Evaluation, Tracker, Unjudged, evaluate, is_real, literal_divisors
 from .strategies import Architecture
 
@@ -232,10 +234,13 @@ def _same_verdict(
         )
     named = [f"{n.name} ({n.op}): {n.reason}" for n in objections]
     run = {n.name: n for n in tracker.module.graph.nodes}
+    calls = liveness(graph).calls
     beyond = {
         n.name
         for n in objections
-        if _is_beyond_witness(graph.nodes[n.name]) or _ignores_an_operand(run[n.name], tracker)
+        if _is_beyond_witness(graph.nodes[n.name])
+        or _ignores_an_operand(run[n.name], tracker)
+        or (n.name in calls and calls[n.name].chosen)  # it may jump where none of the points is
     }
     if beyond and all(_is_behind(graph.nodes[n.name], beyond) for n in objections):
         return tuple(sorted({n.op for n in objections if n.name in beyond}))
@@ -359,9 +364,10 @@ def _forward_kept(
 def _honest(graph: ComputationGraph, plan: Plan, tracker: Tracker) -> None:
     """Each edited node's backward, against that of its surrogate under a random cotangent."""
     nodes = {n.name: n for n in tracker.module.graph.nodes}
+    folded = fold(graph, plan.edits)
     for name in dict.fromkeys(e.node for e in plan.edits):
         if tracker.live[nodes[name]] and any(tracker.live[nodes[name]]):
-            _honest_node(graph, plan.edits_of(name), nodes, tracker, name)
+            _honest_node(folded, plan.edits_of(name), nodes, tracker, name)
 
 
 def _honest_node(
@@ -574,10 +580,11 @@ def _every_cut(
     wanted = sum(_pair(c, values[n]) for n, c in zip(ends, noise, strict=True))
     total = sum(_degree(labels, n) * _pair(c, values[n]) for n, c in zip(ends, noise, strict=True))
     size = sum(float((c * values[n]).abs().sum()) for n, c in zip(ends, noise, strict=True))
+    slack = CUT_TOLERANCE  # and what kernels err by: torch's hardsigmoid has a sixth in float32
 
     def compare(where: str) -> None:
         _require(
-            abs(total - wanted) <= CUT_TOLERANCE * max(size, 1e-9),
+            abs(total - wanted) <= slack * max(size, 1e-9),
             "every cut",
             f"the residual moves by {abs(total - wanted):.1e} of {size:.1e} at {where}",
         )
@@ -594,6 +601,7 @@ def _every_cut(
             if given is None:  # nobody reads this one
                 continue
             total -= _degree(labels, node, item) * _pair(given, outputs[item])
+            slack += tracker.locals[node][item].error
             if node.name in labels.biases and tracker.locals[node][item].leaves:
                 total += _pair(given, tracker.locals[node][item].added[0])
         for source, place, g in _backward(node, tracker, carried):
