@@ -222,7 +222,7 @@ def test_what_does_not_converge_says_so() -> None:
 
 def test_a_singular_ray_is_refused() -> None:
     """By the tables before, and by the backward where an operation is called there all the same."""
-    for function in (torch.log, torch.logit, lambda x: torch.atan2(x, x + 1)):
+    for function in (torch.log, torch.logit, lambda x: torch.atan2(x, x.flip(-1) + 1)):
         with pytest.raises(NoPlanError):
             fgt.derive_rules(function, torch.rand(2, 3))
     graph = fgt.trace(torch.log, torch.rand(2, 3))
