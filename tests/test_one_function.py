@@ -210,7 +210,9 @@ def test_a_soft_codebook_has_a_plan() -> None:
 
 @pytest.mark.parametrize("name", SPELLED)
 def test_is_complete_under_its_plan(name: str) -> None:
-    report = fgt.check_completeness(lambda x: SPELLED[name][0](W(x)), X, policy="libra", beside=())
+    report = fgt.check_completeness(
+        lambda x: SPELLED[name][0](W(x)) * P, X, policy="libra", beside=()
+    )
     assert report.complete is True, str(report)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..edits.costs import Policy
@@ -14,15 +13,14 @@ from ..edits.folding import fold
 from ..edits.kinds import Edit
 from ..errors import NonFiniteError, NoPlanError
 from ..graph.computation import ComputationGraph
-from ..operators.algebra import Algebra, Role
 from ..operators.calls import is_ray
-from ..operators.registry import has_role, record_of
 from ..plan.derivation import derive_rules
 from ..plan.labelling import Degrees, degrees
 from ..plan.measuring import Measured
 from ..plan.plan import Plan
 from ..plan.states import State
 from . import words
+from .heads import head_problems
 from .report import FINE, Verdict
 
 
@@ -87,7 +85,8 @@ def structure_of(graph: ComputationGraph, policy: str | Policy | Plan | None) ->
         {name: _judgement(labels, name) for name in judged},
         problems=(
             *([words.no_plan(obstacle)] if obstacle else []),
-            *_output_problems(folded, labels),
+            *_unreached_outputs(folded, labels),
+            *head_problems(graph, unedited),
             *(words.unreaching_input(s) for s in unreached if s not in unedited.alive),
         ),
         notes=(
@@ -131,24 +130,11 @@ def _black_boxes(graph: ComputationGraph, labels: Degrees, judged: Iterable[str]
             yield words.black_box(graph.describe(name), operator.note)
 
 
-def _output_problems(graph: ComputationGraph, labels: Degrees) -> Iterator[str]:
+def _unreached_outputs(graph: ComputationGraph, labels: Degrees) -> Iterator[str]:
     for output in graph.outputs:
         if output.name not in labels.alive:
             constant = labels.facts[output.name][0].state is State.CONSTANT
             yield words.unreached_output(graph.describe(output.name), constant)
-        head = _producer(output)
-        if has_role(head, Role.PROBABILITY):
-            yield words.probability(graph.describe(head.name))
-
-
-def _producer(node: fx.Node) -> fx.Node:
-    """The operation behind an output, past the structural ones."""
-    while len(node.all_input_nodes) == 1:
-        record = record_of(node)
-        if record is None or record.algebra is not Algebra.STRUCTURAL:
-            return node
-        (node,) = node.all_input_nodes
-    return node
 
 
 def _refuse_infinite_leaves(graph: ComputationGraph) -> None:

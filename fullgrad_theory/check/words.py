@@ -32,9 +32,9 @@ def unreached_output(where: str, constant: bool) -> str:
     return f"the input does not reach output {where}: it {what}"
 
 
-def probability(where: str) -> str:
+def probability(where: str, kind: str) -> str:
     return (
-        f"the output is a probability ({where}): completeness is a statement about logits; check "
+        f"the output is a {kind} ({where}): completeness is a statement about logits; check "
         "the model without that head"
     )
 

@@ -208,7 +208,7 @@ def from_zero(plan: Plan) -> frozenset[str]:
 
 def _complete(report: Report) -> bool:
     """The library's verdict on the gradient; that the output is a probability is not its matter."""
-    others = [p for p in report.problems if not p.startswith("the output is a probability")]
+    others = [p for p in report.problems if not p.startswith("the output is a ")]
     return all(n.verdict in SOUND for n in report.nodes) and not others
 
 

@@ -38,7 +38,12 @@ TABLE: Table = (
     *zero_origin("atanh", gate=gates.atanh),
     *elementwise("sigmoid", origin=0.5, gate=gates.sigmoid, roles=(Role.PROBABILITY,)),
     *elementwise("special_expit", origin=0.5, gate=gates.sigmoid),
-    *elementwise("log_sigmoid", origin=-math.log(2.0), gate=gates.log_sigmoid),
+    *elementwise(
+        "log_sigmoid",
+        origin=-math.log(2.0),
+        gate=gates.log_sigmoid,
+        roles=(Role.PROBABILITY,),
+    ),
     *elementwise("exp", origin=1.0, gate=gates.expm1),
     *elementwise("exp2", origin=1.0, gate=gates.exp2),
     *elementwise("cos", origin=1.0, gate=gates.cos),
