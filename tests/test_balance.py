@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +141,15 @@ def test_pickles_and_copies() -> None:
         torch.testing.assert_close(g, h)
         with pytest.raises(InputError, match="balance"):
             fgt.fullgrad(other, x)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_a_copy_is_judged_by_the_backward_that_it_has(again: Callable[[Any], Any]) -> None:
+    """It has no graph of its own: what its rules are the trace does not say, its gradient does."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).eval(), torch.randn(2, 4)
+    assert fgt.check_completeness(again(fgt.balance(model, x)), x, beside=()).complete is True
+    without = fgt.balance(model, x, replace(fgt.derive_rules(model, x), edits=(), reasons={}))
+    assert fgt.check_completeness(again(without), x, beside=()).complete is False
 
 
 def test_second_derivatives_are_finite() -> None:

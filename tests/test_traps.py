@@ -860,3 +860,23 @@ def test_the_batch_size_may_decide_the_way(model) -> None:  # type: ignore[no-un
             assert size != 3
         else:
             assert torch.equal(found, model(x))
+
+
+@pytest.mark.parametrize("policy", ["libra", "plain"])
+@pytest.mark.parametrize("shape", [(1, 6, 5, 1), (2, 6, 1, 5), (1, 6, 3, 3), (2, 6, 1, 1, 4)])
+def test_a_balanced_batch_norm_reads_any_cotangent(shape: tuple[int, ...], policy: str) -> None:
+    """However it lies in memory, the gradient is the one of the formula."""
+    layer = (nn.BatchNorm2d(6) if len(shape) == 4 else nn.BatchNorm3d(6)).double().eval()
+    layer.running_var.uniform_(0.5, 2.0)
+    x, g = seeded(*shape).double(), seeded(*shape, seed=1).double()
+    scale = (layer.weight / (layer.running_var + layer.eps).sqrt()).detach()
+    wanted = g * scale.view(1, -1, *[1] * (len(shape) - 2))
+    balanced = fgt.balance(layer, x, policy)
+    for value in (x, x.to(memory_format=torch.channels_last if x.dim() == 4 else None)):
+        order = [0, *range(2, x.dim()), 1]
+        back = [order.index(i) for i in range(x.dim())]
+        for cotangent in (g, g.permute(order).contiguous().permute(back), g.mT.contiguous().mT):
+            leaf = value.clone().requires_grad_()
+            (found,) = torch.autograd.grad(balanced(leaf), leaf, cotangent)
+            torch.testing.assert_close(found, wanted)
+            assert torch.equal(balanced(leaf), layer(leaf))

@@ -124,12 +124,17 @@ def balance(
 
 
 def rewrite(
-    graph: ComputationGraph, edits: tuple[Edit, ...], root: nn.Module | None = None
+    graph: ComputationGraph,
+    edits: tuple[Edit, ...],
+    root: nn.Module | None = None,
+    as_it_is: bool = False,
 ) -> fx.GraphModule:
     """A copy of the graph with the edits written in, over the model's parameters or `root`'s.
 
     Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `scale`; a secant, a
-    frozen norm, an attention with pruned weights and an integral have their own backward.
+    frozen norm, an attention with pruned weights and an integral have their own backward. Kernels
+    that misread a cotangent are given it as they can read it, but where the graph is wanted
+    `as_it_is`.
     """
     graph = fold(graph, edits)
     labels = cache(lambda: degrees(graph, edits))
@@ -139,6 +144,6 @@ def rewrite(
         moving=lambda name: labels().live.calls[name].moving,
         rays=lambda name: labels().rays.get(name, ()),
     )
-    module = fx.GraphModule(graph.fx if root is None else root, writing.write(), "Balanced")
+    module = fx.GraphModule(graph.fx if root is None else root, writing.write(as_it_is), "Balanced")
     module.eval()
     return module

@@ -155,7 +155,7 @@ def _subject(
 ) -> tuple[Model | None, Subject, fx.GraphModule]:
     """Copies in float64: the user's model, where it is judged; the graph as written; its root."""
     own, root = double_copies(structure.graph, with_model=structure.plan is None)
-    module = widened(rewrite(structure.graph, structure.edits, root))
+    module = widened(rewrite(structure.graph, structure.edits, root, structure.plan is None))
     subject = Subject(module, structure.graph, structure.labels, seed, tick)
     if own is not None:
         for name in subject.labels.live.sources:  # a table that is no parameter is seen as well
@@ -169,4 +169,4 @@ def _subject(
 def _unedited(subject: Subject, root: fx.GraphModule) -> Subject:
     """The same graph without the plan's edits."""
     labels = degrees(subject.graph, (), subject.labels.live)
-    return replace(subject, module=widened(rewrite(subject.graph, (), root)), labels=labels)
+    return replace(subject, module=widened(rewrite(subject.graph, (), root, True)), labels=labels)

@@ -47,9 +47,16 @@ class _Cotangents(fx.Interpreter):
             self.cotangents[n] = cotangent
 
 
+def _as(value: Tensor, cotangent: Tensor) -> Tensor:
+    """The cotangent laid out as the value is: whatever a kernel takes it for, it reads that."""
+    return torch.empty_strided(
+        value.shape, value.stride(), dtype=cotangent.dtype, device=cotangent.device
+    ).copy_(cotangent)
+
+
 def _same_backward(n: fx.Node, call: tuple[Any, Any], cotangent: Tensor) -> bool:
     found = []
-    for given in (cotangent, cotangent.clone(memory_format=torch.contiguous_format)):
+    for given in (cotangent, None):
         fresh = pytree.tree_map_only(
             Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), call
         )
@@ -58,7 +65,8 @@ def _same_backward(n: fx.Node, call: tuple[Any, Any], cotangent: Tensor) -> bool
         try:
             with torch.enable_grad():
                 out = n.target(*args, **kwargs)  # type: ignore[operator]
-                found.append(torch.autograd.grad(out, leaves, given, allow_unused=True))
+                c = _as(out, cotangent) if given is None else given
+                found.append(torch.autograd.grad(out, leaves, c, allow_unused=True))
         except RuntimeError:  # a call that runs in its graph alone accuses nobody
             return True
     return all(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf, isfinite, isnan
@@ -17,8 +17,8 @@ from .report import EndToEnd, NodeReport, Report, Verdict
 from .structure import Judgement, Structure
 from .whole import Whole
 
-BROKEN = (Verdict.VIOLATED, Verdict.OPAQUE)
 LOCAL_TOLERANCE = 1e-9
+ROUNDING = 1e-13
 SMALL_SHARE = 1e-6
 
 
@@ -95,7 +95,10 @@ def report_of(structure: Structure, evidence: Evidence | None, bounds: Bounds) -
     if evidence is not None:
         of_sum = sum_of(structure, evidence, bounds)
         found = [*_found_problems(structure, evidence, bounds, of_sum)]
-        problems, notes = (*problems, *found), (*notes, *_found_notes(evidence, bounds))
+        problems, notes = (
+            (*problems, *found),
+            (*notes, *_found_notes(evidence, bounds, judgements.values())),
+        )
     fine = all(j.fine for j in judgements.values()) and not problems
     complete = True if fine else _unless_shown(structure, evidence, bounds, of_sum)
     measured = [whole.found for whole in evidence.wholes] if evidence else []
@@ -118,10 +121,12 @@ def _unless_shown(
 ) -> bool | None:
     """False where something was shown to be wrong; None where problems only stand in the way.
 
-    A node whose lemma and residual disagree is a contradiction, and shows nothing.
+    A node whose lemma and residual disagree is a contradiction, and shows nothing; nor does one
+    whose error others take back, to the last digits and at every point (logit of a sigmoid).
     """
-    broken = any(j.verdict in BROKEN for j in _judgements(structure, evidence, bounds).values())
-    shown = broken or any(structure.problems)
+    judged = [j.verdict for j in _judgements(structure, evidence, bounds).values()]
+    violated = Verdict.VIOLATED in judged and not (evidence is not None and takes_back(evidence))
+    shown = violated or Verdict.OPAQUE in judged or any(structure.problems)
     if evidence is None:
         return False if shown else None
     if evidence.forward in (Forward.OTHER, Forward.RANDOM) or evidence.at_perturbed is None:
@@ -133,6 +138,11 @@ def _unless_shown(
     modified = of_sum is Sum.UNEXPLAINED and evidence.modified
     small = _input_share(evidence.wholes) < bounds.least_share
     return False if shown or infinite or misses or modified or small else None
+
+
+def takes_back(evidence: Evidence) -> bool:
+    """Whether what is attributed adds up to rounding wherever it was measured."""
+    return len(evidence.wholes) > 1 and evidence.error <= ROUNDING
 
 
 def sum_of(structure: Structure, evidence: Evidence, bounds: Bounds) -> Sum:
@@ -254,7 +264,9 @@ def _local_problems(structure: Structure, local: Local) -> Iterator[str]:
             yield words.lemma_missed(where(name), error)
 
 
-def _found_notes(evidence: Evidence, bounds: Bounds) -> Iterator[str]:
+def _found_notes(
+    evidence: Evidence, bounds: Bounds, judged: Collection[Judgement]
+) -> Iterator[str]:
     """What running showed that a reader should know."""
     if evidence.note:
         yield evidence.note
@@ -263,6 +275,8 @@ def _found_notes(evidence: Evidence, bounds: Bounds) -> Iterator[str]:
     share = _input_share(evidence.wholes)
     if bounds.least_share <= share < SMALL_SHARE:
         yield words.small_share(share)
+    if takes_back(evidence) and any(j.verdict is Verdict.VIOLATED for j in judged):
+        yield words.TAKEN_BACK
     if evidence.modified:
         yield words.MODIFIED
     if evidence.forward is Forward.WITHOUT_FAST_PATH:

@@ -76,6 +76,10 @@ def lemma_missed(where: str, error: float) -> str:
 
 # --------------------------------------------------------------------------- end to end
 
+TAKEN_BACK = (
+    "what one operation gets wrong another takes back: the sum comes out right wherever it was "
+    "measured, and no rule says that it does elsewhere"
+)
 ZERO_OUTPUT = "the output is zero even at perturbed parameters: nothing to judge"
 ZERO_AT_OWN_PARAMETERS = (
     "the output is zero at the model's own parameters; judged at perturbed ones"

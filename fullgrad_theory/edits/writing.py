@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from operator import getitem
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..operators.calls import bind, overload, target_name
 from ..operators.record import Operator
 from ..operators.registry import lookup
 from .base import Edit
+from .laying import laid_out
 
 
 class Target(nn.Module):
@@ -57,8 +59,10 @@ class Writing:
                 f"the plan edits nodes this graph does not have: {', '.join(missing[:5])}"
             )
 
-    def write(self) -> fx.Graph:
+    def write(self, as_it_is: bool = False) -> fx.Graph:
         """The graph with all edits in it. Node names stay."""
+        for node in () if as_it_is else self.nodes.values():
+            self._lay_out(node)
         for edit in sorted(self.edits, key=lambda e: e.stage):
             edit.write(self)
         for node in self.nodes.values():
@@ -76,6 +80,15 @@ class Writing:
 
     def describe(self, name: str) -> str:
         return self.traced.describe(name)
+
+    def _lay_out(self, node: fx.Node) -> None:
+        """A kernel that misreads its cotangent is given it as it can read it."""
+        record = lookup(target_name(node.target)) if node.op == "call_function" else None
+        if record is None or not record.misreads:
+            return
+        several = isinstance(node.meta.get("val"), (tuple, list))
+        for value in [u for u in node.users if u.target is getitem] if several else [node]:
+            self.behind(value, laid_out)
 
     def _stand_in(self, node: fx.Node) -> None:
         """An operation whose operands are pruned that its frozen form takes for fixed is that."""

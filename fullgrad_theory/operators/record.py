@@ -53,7 +53,8 @@ class Operator:
     a trace holds torch's own steps in its place, None for all. `refuses`: a reason to refuse a call
     (training-mode batch norm). `becomes`: the record that it has where the arguments and what moves
     among them make it another function (a determinant of known size). `jumps`: the operands whose
-    factor jumps. `roles`: what it is used for. `proved`: whether its meaning
+    factor jumps. `misreads`: whether torch's backward of it misreads a cotangent that lies in
+    memory otherwise than the result. `roles`: what it is used for. `proved`: whether its meaning
     was proved.
     """
 
@@ -72,6 +73,7 @@ class Operator:
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None
     becomes: Callable[[Mapping[str, Any], Collection[str]], Operator | None] | None = None
     jumps: Callable[[Mapping[str, Any]], Collection[str]] | None = None
+    misreads: bool = False
     roles: frozenset[Role] = frozenset()
     proved: bool = False
     note: str = ""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
+from ..errors import FullgradError, InputError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model
 from ..graph.leaves import LeafSpec
@@ -86,7 +86,15 @@ def measure(graph: ComputationGraph, seed: int = 0) -> ComputationGraph:
         def run_node(self, n: fx.Node) -> Any:
             if n.name in calls:
                 where, values = graph.describe(n.name), self.fetch_args_kwargs_from_env(n)
-                found[n.name] = _judge(Probe(n, calls[n.name], values, where, seed))
+                try:
+                    found[n.name] = _judge(Probe(n, calls[n.name], values, where, seed))
+                except FullgradError:
+                    raise
+                except (RuntimeError, ValueError) as error:
+                    raise InputError(
+                        f"{where} does not run near those inputs ({str(error).splitlines()[0]}); "
+                        "register it with its class and degree rule"
+                    ) from error
             with torch.no_grad():
                 return super().run_node(n)
 
@@ -122,6 +130,11 @@ def _judge(probe: Probe) -> Measured:
             f"{probe.where} does not run in float64, in which it would be measured "
             f"({str(error).splitlines()[0]}); register it with its class and degree rule"
         ) from error
+    if not probe.repeats():
+        raise InputError(
+            f"{probe.where} gives other numbers when it is called again at the same point: it is "
+            "random or counts its calls, and a measurement says nothing of it; take that out"
+        )
     near, far = probe.points()
     if not near:
         raise InputError(f"{probe.where}: its value at the example inputs is not finite")

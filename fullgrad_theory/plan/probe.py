@@ -41,31 +41,70 @@ class Point:
 
 
 def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
+
+
+def _paired(value: Any) -> Any:
+    """A complex value as pairs of real ones, of which its backward is a real Jacobian."""
+    is_complex = isinstance(value, Tensor) and value.is_complex()
+    return torch.view_as_real(value.resolve_conj()) if is_complex else value
+
+
+def _kept(example: Tensor, drawn: Tensor) -> Tensor:
+    """What is drawn in the domain of the example: symmetric where that is."""
+    square = example.dim() > 1 and example.shape[-1] == example.shape[-2] > 1
+    symmetric = square and torch.allclose(example, example.mT, 1e-6, 1e-9)
+    return (drawn + drawn.mT) / 2 if symmetric else drawn
 
 
 class Probe:
     """The call at the values that reached it. `names`: the operands that it is a function of.
 
     `weights`: the float operands that do not move. `hidden`: whether an operand that moves is no
-    float: nothing can be said of how.
+    float: nothing can be said of how. Complex operands and results are pairs of real ones.
     """
 
     def __init__(self, node: fx.Node, call: Call, values: Any, where: str, seed: int) -> None:
         self.node, self.call, self.where = node, call, where
         self.generator = torch.Generator().manual_seed(seed)
-        args, kwargs = pytree.tree_map(
-            lambda v: v.detach().double() if _is_floating(v) else v, values
-        )
+        args, kwargs = pytree.tree_map(lambda v: _wide(v) if _is_floating(v) else v, values)
         self.running = Running(call, node.target, args, kwargs)  # type: ignore[arg-type]
-        floats = {n: v for n, v in self.running.values.items() if _is_floating(v)}
+        given = {n: v for n, v in self.running.values.items() if _is_floating(v)}
+        self.complex = {n for n, v in given.items() if v.is_complex()}
+        floats = {n: _paired(v) for n, v in given.items()}
         self.weights = {n: v for n, v in floats.items() if n not in call.moving}
         self.example = Point({n: v for n, v in floats.items() if n in call.moving})
         self.names = sorted(self.example.operands)
         self.hidden = len(self.names) < len(call.moving)
 
     def __call__(self, point: Point) -> list[Any]:
-        return self.running.at({**point.weights, **point.operands})
+        given = {**point.weights, **point.operands}
+        as_given = {
+            n: torch.view_as_complex(u.contiguous()) if n in self.complex else u
+            for n, u in given.items()
+        }
+        return [_paired(v) for v in self.running.at(as_given)]
+
+    def repeats(self) -> bool:
+        """Whether values and gradients at one point are the same when it is called again."""
+        first, again = (self.watched(self.example) for _ in range(2))
+        for one, other in zip(first[1], again[1], strict=True):
+            if not _is_floating(one):
+                continue
+            pairs = [(one.detach(), other.detach())]
+            if one.requires_grad and one.shape == other.shape:
+                c = self.noise(one)
+                found = [self._gradients(v, x, c) for x, v in ((first[0], one), (again[0], other))]
+                pairs += [(found[0][n], found[1][n]) for n in self.names]
+            for a, b in pairs:
+                same = a.shape == b.shape and torch.allclose(a, b, 1e-9, 1e-12, equal_nan=True)
+                if not same:
+                    return False
+        return True
 
     def runs(self, point: Point) -> bool:
         """Whether it has finite values there."""
@@ -77,8 +116,13 @@ class Probe:
         return all(bool(torch.isfinite(v).all()) for v in found if _is_floating(v))
 
     def value(self, point: Point, output: int) -> Tensor:
-        with torch.no_grad():
-            return self(point)[output].double()
+        """An output there; NaN where the point is outside of the operation's domain."""
+        try:
+            with torch.no_grad():
+                return self(point)[output].double()
+        except (RuntimeError, ValueError):
+            with torch.no_grad():
+                return torch.full_like(self(self.example)[output].double(), torch.nan)
 
     def pulled(
         self, point: Point, output: int, count: int = 1
@@ -132,7 +176,7 @@ class Probe:
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
 
     def _drawn(self, draw: Callable[[Tensor], Tensor]) -> Point:
-        return Point({n: draw(u) for n, u in self.example.operands.items()})
+        return Point({n: _kept(u, draw(u)) for n, u in self.example.operands.items()})
 
     def _near(self, u: Tensor) -> Tensor:
         return u * (1.0 + STEP * self.noise(u))

@@ -61,10 +61,16 @@ TABLE: Table = (
     *affine("grid_sampler grid_sampler_2d", "input"),
     *affine("affine_grid_generator", "theta"),
     *affine("lerp.Scalar lerp.Tensor", "self + end"),
-    *affine("batch_norm", "input*weight + running_mean*weight + bias", refuses=_mixes_the_batch),
+    *affine(
+        "batch_norm",
+        "input*weight + running_mean*weight + bias",
+        refuses=_mixes_the_batch,
+        misreads=True,
+    ),
     *affine(
         "_native_batch_norm_legit_no_training",
         "input*weight + running_mean*weight + bias ; - ; -",
+        misreads=True,
     ),
     *multilinear(
         "mul.Tensor mul.Scalar multiply.Tensor vdot inner tensordot linalg_cross kron",

@@ -36,6 +36,7 @@ TABLE: Table = (
         "input*weight + bias",
         reader=readers.bias_of_second,
         frozen=norms.INSTANCE_NORM,
+        misreads=True,
         refuses=_runs_on_statistics,
     ),
 )
