@@ -50,6 +50,7 @@ PROBABILITIES: dict[str, Function] = {
     "squared": lambda x: A(x).sigmoid() ** 2,
     "erf": lambda x: 0.5 * (1 + torch.erf(A(x))),
     "without weights": lambda x: x.softmax(-1) * 1.0,
+    "under a learned threshold": lambda x: (z := A(x)).softmax(-1) * (z > VALUES),
     "a sigmoid without weights": lambda x: 1 - x.sigmoid(),
 }
 LOGARITHMS: dict[str, Function] = {

@@ -79,7 +79,7 @@ class _Tail:
         for node in queue:
             if self.labels.live.state(node) is State.CONSTANT or node in inside | starts:
                 continue
-            if node.op != "call_function" or self._weighs(node):
+            if node.op != "call_function" or (is_float(node) and self._weighs(node)):
                 starts.add(node)
                 continue
             inside.add(node)

@@ -88,7 +88,7 @@ class Writing:
             return
         several = isinstance(node.meta.get("val"), (tuple, list))
         for value in [u for u in node.users if u.target is getitem] if several else [node]:
-            self.behind(value, laid_out)
+            self.behind(value, laid_out).meta["behind"] = value.name
 
     def _stand_in(self, node: fx.Node) -> None:
         """An operation whose operands are pruned that its frozen form takes for fixed is that."""

@@ -626,12 +626,14 @@ def _pair(c: Tensor, value: Tensor) -> float:
 def _label(labels: Degrees, node: fx.Node, item: int) -> Fact:
     edit = node.meta.get("edit")
     # the call written behind a scaled node has the degree that is claimed of that
-    facts = labels.facts[edit.node if isinstance(edit, Scale) else node.name]
+    scaled = edit.node if isinstance(edit, Scale) else node.name
+    facts = labels.facts[node.meta.get("behind", scaled)]
     return facts[min(item, len(facts) - 1)]
 
 
 def _degree(labels: Degrees, node: fx.Node, item: int = 0) -> float:
-    own = 1.0 if isinstance(node.meta.get("edit"), Scale) else _factor(node)
+    behind = isinstance(node.meta.get("edit"), Scale) or "behind" in node.meta
+    own = 1.0 if behind else _factor(node)
     return float(_label(labels, node, item).degree) / own
 
 
