@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import fullgrad_theory as fgt
-from fullgrad_theory.testing.liars import KINDS, Liar, liars, outcomes
+from fullgrad_theory.testing.liars import KINDS, Liar, lying_models, outcomes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,7 +35,7 @@ def test_kinds_of_many_forms(kind: str, seed: int) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
-@given(liar=liars())
+@given(liar=lying_models())
 def test_no_liar_is_complete_and_no_twin_refused(liar: Liar) -> None:
     check(liar)
 

@@ -22,7 +22,8 @@ def layout_faults(subject: Subject, inputs: list[Any]) -> tuple[str, ...]:
         outputs = float_leaves(run.run(*leaves, enable_io_processing=False))
         value = paired([aligned(o, subject.seed) for o in outputs], outputs)
         learned = [p for p in subject.module.parameters() if p.requires_grad]
-        gradients(value, [*float_leaves(leaves), *learned])
+        if wanted := [*float_leaves(leaves), *learned]:
+            gradients(value, wanted)
     found = [n for n, g in run.cotangents.items() if not _same_backward(n, run.calls[n], g)]
     return tuple(n.name for n in found)
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..backward.balanced import rewrite
 from ..backward.running import inner
+from ..graph.door import modules_of
 from ..graph.tracing import untouched, without_fast_path
 from ..operators.calls import is_ray
 from . import words
@@ -49,7 +50,9 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
     """The own gradient of `model` (None: it is not asked for) against the traced one."""
     if model is None:
         return Own()
-    learned = _leaves(subject, traced)
+    learned = _leaves(model, subject, traced)
+    if not learned and not any(map(is_ray, inputs)):
+        return Own(problem=words.NOTHING_TO_COMPARE)
     try:
         outputs, given, grads = _own_gradient(model, subject, inputs, traced, learned)
     except Exception as error:  # noqa: BLE001  it is the user's code that runs
@@ -60,8 +63,6 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
         for i, (ours, theirs) in enumerate(zip(outputs, traced.outputs, strict=True))
     ):
         return Own(problem=words.COPY_DIFFERS)
-    if not given and not learned:
-        return Own(problem=words.NOTHING_TO_COMPARE)
     own = _hooked(subject.graph.fx, dict(zip([*given, *learned], grads, strict=True)))
     values = given | learned
     same = all(
@@ -92,10 +93,13 @@ def _total(cotangents: list[Tensor], outputs: list[Tensor]) -> float:
     return float(paired(cotangents, outputs).detach())
 
 
-def _leaves(subject: Subject, traced: Gradient) -> dict[str, Tensor]:
-    """The parameters and tables that the own model and the trace share."""
+def _leaves(model: Any, subject: Subject, traced: Gradient) -> dict[str, Tensor]:
+    """The parameters and tables that the own model and the trace share: what a function finds in
+    an object or a list is no part of it that could be copied."""
     held = {**dict(subject.module.named_parameters()), **dict(subject.module.named_buffers())}
-    return {name: held[name] for name in traced.by_leaf}
+    parts = modules_of(model)
+    shared = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+    return {name: held[name] for name in traced.by_leaf if id(held[name]) in shared}
 
 
 def _own_gradient(

@@ -18,7 +18,7 @@ from .structure import Judgement, Structure
 from .whole import Whole
 
 LOCAL_TOLERANCE = 1e-9
-ROUNDING = 1e-13
+ROUNDING = 1e-12
 SMALL_SHARE = 1e-6
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial, wraps
-from types import CellType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,24 +25,32 @@ Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 class _Function(nn.Module):
     """A function as a module, so that torch.export takes it; its signature stays the function's.
 
-    Modules it is bound to or closes over are submodules here, so that their parameters have names.
+    Modules that it is bound to, closes over or reads are submodules here, so that their parameters
+    have names.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.training = False  # not eval(), which would change the user's modules
-        for name, module in _modules_of(function):
+        own = {id(module): name for name, module in _modules_of(function)}
+        self.beside: set[str] = set()
+        """modules that stand beside the function, whose modes are not its matter"""
+        for k, module in enumerate(modules_of(function)):
+            name = own.get(id(module), f"beside{k}")
+            name = f"{name}_" if hasattr(self, name) else name
             self.add_module(name, module)
+            if id(module) not in own:
+                self.beside.add(name)
         self.function = function
         self.forward = _as_forward(function)
 
 
 def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:
-    found = [("model", getattr(function, "__self__", None)), *_referred(function).items()]
+    found = [("model", getattr(function, "__self__", None)), *_closed_over(function).items()]
     return ((name, value) for name, value in found if isinstance(value, nn.Module))
 
 
-def _referred(function: Callable[..., Any]) -> dict[str, Any]:
+def _closed_over(function: Callable[..., Any]) -> dict[str, Any]:
     """What a function closes over, by name."""
     code = getattr(function, "__code__", None)
     cells = getattr(function, "__closure__", None) or ()
@@ -52,32 +61,59 @@ def _referred(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def modules_of(model: Model | None) -> list[nn.Module]:
-    """The modules that a model is, is bound to or closes over, outermost ones."""
+def _read_globals(function: Callable[..., Any]) -> dict[str, Any]:
+    """The modules, tensors and functions beside a function that it reads, by name."""
+    if not isinstance(function, FunctionType):
+        return {}
+    space, codes = function.__globals__, [function.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    reads = (i for code in codes for i in dis.get_instructions(code))
+    names = dict.fromkeys(i.argval for i in reads if i.opname == "LOAD_GLOBAL")
+    return {n: space[n] for n in names if n in space and _is_part(space[n], space)}
+
+
+def _is_part(value: Any, space: dict[str, Any]) -> bool:
+    own = isinstance(value, FunctionType) and value.__globals__ is space
+    return own or isinstance(value, (nn.Module, Tensor))
+
+
+def modules_of(model: Model | None, seen: Collection[int] = ()) -> list[nn.Module]:
+    """The modules that a model is, is bound to, closes over or reads, outermost ones."""
     if model is None or isinstance(model, nn.Module):
         return [] if model is None else [model]
     if isinstance(model, partial):
-        parts = (model.func, *model.args, *model.keywords.values())
-        return [m for part in parts if callable(part) for m in modules_of(part)]
-    return [module for _, module in _modules_of(model)]
+        parts = [model.func, *model.args, *model.keywords.values()]
+    else:
+        reads = {**_closed_over(model), **_read_globals(model)}
+        parts = [getattr(model, "__self__", None), *reads.values()]
+    kinds = (nn.Module, FunctionType, MethodType, partial)
+    seen = {*seen, id(model)}
+    known = [part for part in parts if isinstance(part, kinds) and id(part) not in seen]
+    return [m for part in known for m in modules_of(part, seen)]
 
 
 def copied(model: Model, memo: dict[int, Any]) -> Model:
-    """A deep copy of a model; of a function with what it closes over, sharing by `memo`."""
+    """A deep copy of a model; of a function with all that it reads. Shared by `memo`."""
     if isinstance(model, partial):
-        args, keywords = copy.deepcopy((model.args, model.keywords), memo)
+        args = [_copied_value(v, memo) for v in model.args]
+        keywords = {n: _copied_value(v, memo) for n, v in model.keywords.items()}
         return partial(copied(model.func, memo), *args, **keywords)
     if isinstance(model, MethodType):
         return MethodType(model.__func__, copy.deepcopy(model.__self__, memo))
     if not isinstance(model, FunctionType):
         return copy.deepcopy(model, memo)
-    referred = _referred(model)
-    cells = [CellType(_copied_value(referred[n], memo)) if n in referred else CellType()
-             for n in model.__code__.co_freevars]  # fmt: skip
-    function = FunctionType(
-        model.__code__, model.__globals__, model.__name__, model.__defaults__, tuple(cells)
-    )
+    if id(model) in memo:
+        return memo[id(model)]  # type: ignore[no-any-return]
+    space, cells = dict(model.__globals__), tuple(CellType() for _ in model.__code__.co_freevars)
+    function = FunctionType(model.__code__, space, model.__name__, model.__defaults__, cells)
     function.__kwdefaults__ = model.__kwdefaults__
+    memo[id(model)] = function  # which it may call itself
+    referred = _closed_over(model)
+    space |= {n: _copied_value(v, memo) for n, v in _read_globals(model).items()}
+    for name, cell in zip(model.__code__.co_freevars, cells, strict=True):
+        if name in referred:
+            cell.cell_contents = _copied_value(referred[name], memo)
     return function
 
 
@@ -119,8 +155,9 @@ def as_module(model: Model) -> nn.Module:
         raise InputError(f"expected a torch.nn.Module or a function, got {type(model).__name__}")
     wrapped = model if isinstance(model, nn.Module) else _Function(model)
     wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile
+    beside = wrapped.beside if isinstance(wrapped, _Function) else set()
     for path, module in wrapped.named_modules():
-        if module.training:
+        if module.training and path.split(".")[0] not in beside:
             what = f"its submodule {path!r}" if path else "it"
             raise TrainingModeError(
                 f"{name_of(model)} is in training mode ({what} has training=True): dropout "

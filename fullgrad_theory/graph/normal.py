@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -142,28 +143,51 @@ def is_effect(node: fx.Node) -> bool:
 
 
 def unroll(module: fx.GraphModule) -> None:
-    """Replace what is `opened` on its device by the calls that torch makes for it."""
+    """Replace what is `opened` on its device by the calls that torch makes for it, and what nobody
+    registered where torch makes it of calls that are known."""
     mode = fake_mode(module.graph)
     for node in list(module.graph.nodes):
-        record = lookup(target_name(node.target)) if node.op == "call_function" else None
-        if mode is not None and record is not None and _opens(record, node):
-            given = {n: n.meta["val"] for n in node.all_input_nodes}
-            given = {
-                n: v if hasattr(v, "fake_mode") else mode.from_tensor(v) for n, v in given.items()
-            }
-            nodes = list(given)
+        if mode is None or node.op != "call_function":
+            continue
+        record = lookup(target_name(node.target))
+        if record is not None and _opens(record, node):
+            _splice(module, node, *_steps(node, mode, record.algebra is not Algebra.COMPOSITE))
+        elif record is None and _is_made_of_others(node.target):
+            try:
+                steps, given = _steps(node, mode, False)
+            except (RuntimeError, ValueError, TypeError):
+                continue  # what it does depends on values
+            if all(map(_is_known, _calls(steps))):
+                _splice(module, node, steps, given)
 
-            def compute(*values: Tensor, at: fx.Node = node, nodes: list[fx.Node] = nodes) -> Any:
-                env = dict(zip(nodes, values, strict=True))
-                args, kwargs = fx.map_arg((at.args, at.kwargs), env.__getitem__)
-                target: Any = at.target
-                return target.decompose(*args, **kwargs)
 
-            with mode:
-                steps = make_fx(compute, pre_dispatch=record.algebra is not Algebra.COMPOSITE)(
-                    *given.values()
-                )
-            _splice(module, node, steps, nodes)
+def _is_made_of_others(target: Any) -> bool:
+    return isinstance(target, OpOverload) and target._can_decompose()
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether an operation is registered, or the one that it is when it does not write."""
+    name = target_name(node.target)
+    return lookup(name) is not None or lookup(name.replace("_.", ".")) is not None
+
+
+def _calls(module: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in module.graph.nodes if n.op == "call_function"]
+
+
+def _steps(node: fx.Node, mode: Any, with_modes: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The calls that torch makes for a call, and the nodes that they read."""
+    given = {n: n.meta["val"] for n in node.all_input_nodes}
+    given = {n: v if hasattr(v, "fake_mode") else mode.from_tensor(v) for n, v in given.items()}
+
+    def compute(*values: Tensor) -> Any:
+        env = dict(zip(given, values, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        target: Any = node.target
+        return target.decompose(*args, **kwargs)
+
+    with mode:
+        return make_fx(compute, pre_dispatch=with_modes)(*given.values()), list(given)
 
 
 def _opens(record: Operator, node: fx.Node) -> bool:

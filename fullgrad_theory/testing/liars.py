@@ -55,7 +55,7 @@ class Liar:
 
 
 @st.composite
-def liars(draw: st.DrawFn) -> Liar:
+def lying_models(draw: st.DrawFn) -> Liar:
     """Liars of all kinds, sizes and places; `liar.twin` is the honest one."""
     return Liar(
         draw(st.sampled_from(sorted(KINDS))),
@@ -103,7 +103,7 @@ class _Network(nn.Module):
             h = h + 1e-8 * large
         else:
             h = self.device(self._cast(h))
-        y: Tensor = self.head(self.behind(h))
+        y: Tensor = self.head(self.behind(h) + h)  # whatever the kinks behind hide
         return y
 
     def _cast(self, h: Tensor) -> Tensor:
