@@ -281,7 +281,7 @@ class Tracker:
         # a value that moves nowhere is a bound that holds everywhere, or of degree 0
         if held or not self.edges[node] or not self._of_degree_one_or_zero(node):
             return found
-        candidates = self._added(node, bounds, item)
+        candidates, least = self._added(node, bounds, item), math.inf
         for size in range(1, len(candidates) + 1):
             for chosen in combinations(candidates, size):
                 added = tuple(
@@ -289,19 +289,38 @@ class Tracker:
                 )
                 total = [t + a for t, a in zip(tangents, added, strict=True)]
                 error = distance(total, values, 1.0, added)
+                least = min(least, error)
                 if error < TOLERANCE:
                     if found.degree is not None:
                         self.saturated.add(node.name)
                     if any(self._steps(node, c[0], c[1], item) for c in chosen):
                         return Local(None, error)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
-        self._refuse_inherited(node, tangents, values)
+        here = max((_gap(t, v) for t, v in zip(tangents, values, strict=True)), default=0.0)
+        here = min(here, least * 2 * max(map(_top, values)))
+        self._refuse_inherited(node, bounds, item, here)
         self._refuse_noise(bounds, item, values)
         self._refuse_jumps(node, bounds, item)
         return found
 
+    def _made_of(self, node: fx.Node, bounds: list[Bound], item: int, gap: float) -> float:
+        """How far a value moves when its operands move by a gap."""
+        found = 0.0
+        for bound in bounds:
+            moved = {}
+            for place in self._moved(bound):
+                order = torch.arange(place.value.numel(), dtype=torch.float64) + 1.0
+                moved[place.index] = place.value + gap * torch.cos(order).view(place.value.shape)
+            with torch.no_grad():
+                found = max(found, _gap(*(_outputs(bound.run(r))[item] for r in (moved, {}))))
+        return found
+
     def _refuse_inherited(
-        self, node: fx.Node, tangents: Sequence[Tensor], values: Sequence[Tensor]
+        self,
+        node: fx.Node,
+        bounds: list[Bound],
+        item: int,
+        here: float,
     ) -> None:
         """What is missing here may be what an operand's leaves left open, of a small part of it."""
         open_there = 0.0
@@ -312,8 +331,8 @@ class Tracker:
                 for k in range(self.count):
                     v, t = (_outputs(x[k][source])[item] for x in (self.values, self.tangents))
                     open_there = max(open_there, _gap(t, v))
-        here = max((_gap(t, v) for t, v in zip(tangents, values, strict=True)), default=0.0)
-        if here <= 10 * open_there:
+        # as much as the call makes of it: a norm of nearly equal values makes more
+        if here <= 10 * max(open_there, self._made_of(node, bounds, item, open_there)):
             raise Unjudged("too few digits are left of an operand that is small here")
 
     def _refuse_noise(self, bounds: list[Bound], item: int, values: list[Any]) -> None:
