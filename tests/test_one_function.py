@@ -226,3 +226,73 @@ def test_a_folded_function_is_saved_with_its_plan(tmp_path: Any) -> None:
     assert again == plan and fgt.check_completeness(spelled, X, policy=again).complete is True
     false = replace(plan, edits=(replace(edit, origin=0.0),), reasons={})
     assert fgt.check_completeness(spelled, X, policy=false).complete is not True
+
+
+# --------------------------------------------------------------------------- layers in parts
+
+
+TOKENS = torch.randn(2, 3, 5, dtype=torch.float64)
+Q, K, V = (torch.randn(5, 5, dtype=torch.float64) for _ in range(3))
+GAIN, SHIFT = torch.rand(5, dtype=torch.float64) + 0.5, torch.randn(5, dtype=torch.float64)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    d = x - x.mean(-1, keepdim=True)
+    return d / (d.square().mean(-1, keepdim=True) + 1e-5).sqrt() * GAIN + SHIFT
+
+
+def _scores(x: Tensor) -> Tensor:
+    return (x @ Q) @ (x @ K).mT / math.sqrt(5)
+
+
+def _attention(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*((x @ w)[:, None] for w in (Q, K, V)))[:, 0]
+
+
+def _stable(x: Tensor) -> Tensor:
+    e = torch.exp(_scores(x) - _scores(x).amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True)
+
+
+IN_PARTS: dict[str, tuple[Function, Function]] = {
+    "layer norm": (_layer_norm, lambda x: F.layer_norm(x, (5,), GAIN, SHIFT)),
+    "layer norm by its variance": (
+        lambda x: (x - x.mean(-1, keepdim=True))
+        * torch.rsqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5) * GAIN + SHIFT,
+        lambda x: F.layer_norm(x, (5,), GAIN, SHIFT),
+    ),
+    "rms norm": (
+        lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * GAIN,
+        lambda x: F.rms_norm(x, (5,), GAIN, 1e-6),
+    ),
+    "attention": (lambda x: _scores(x).softmax(-1) @ (x @ V), _attention),
+    "attention, its softmax too": (lambda x: _stable(x) @ (x @ V), _attention),
+    "a unit vector": (
+        lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12),
+        lambda x: F.normalize(x, dim=-1),
+    ),
+    "a cosine": (
+        lambda x: (F.normalize(x @ Q, dim=-1) * F.normalize(GAIN, dim=-1)).sum(-1, keepdim=True),
+        lambda x: F.cosine_similarity(x @ Q, GAIN, dim=-1)[..., None],
+    ),
+    "a distance": (
+        lambda x: (x - x @ Q + 1e-6).norm(dim=-1, keepdim=True),
+        lambda x: F.pairwise_distance(x, x @ Q)[..., None],
+    ),
+    "a cross product": (
+        lambda x: torch.linalg.cross(x[..., :3], x[..., 2:]),
+        lambda x: torch.cross(x[..., :3], x[..., 2:], dim=-1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_a_layer_in_parts_has_the_gradient_of_the_whole(name: str) -> None:
+    found = []
+    for function in IN_PARTS[name]:
+        x = TOKENS.clone().requires_grad_()
+        y = fgt.balance(function, TOKENS)(x)
+        cotangent = torch.arange(1.0, 1.0 + y.shape[-1], dtype=torch.float64).expand(y.shape)
+        found.append(torch.autograd.grad(y, x, cotangent)[0])
+        assert fgt.check_completeness(function, TOKENS, policy="libra", beside=()).complete is True
+    torch.testing.assert_close(*found)
