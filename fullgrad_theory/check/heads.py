@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class _Tail:
     constants: Constants
     output: fx.Node
 
+    @cached_property
+    def parameters(self) -> set[str]:
+        return {name for name, _ in self.graph.fx.named_parameters()}
+
     def kind(self) -> str:
         """`probability`, `log-probability`, or nothing."""
         starts, inside = self._steps()
@@ -57,7 +62,8 @@ class _Tail:
         try:
             runs = [self._run(starts, inside, size, k) for k, size in enumerate(SIZES)]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            return "probability" if has_role(self.output, Role.PROBABILITY) else ""
+            named = has_role(_producer(self.output), Role.PROBABILITY)
+            return "probability" if named else ""  # no values to run it on, as on the meta device
         seen = [run[self.output] for run in runs]
         if not _is_real(seen[0]):
             return ""
@@ -89,10 +95,9 @@ class _Tail:
 
     def _weighs(self, node: fx.Node) -> bool:
         """Whether a weight has a part in a value: a parameter, or a constant that is no number."""
-        parameters = {n for n, _ in self.graph.fx.named_parameters()}
         return record_of(node) is None or any(
             self.constants.read_by(n)
-            and (self.constants.number(n) is None or self.constants.read_by(n) & parameters)
+            and (self.constants.number(n) is None or self.constants.read_by(n) & self.parameters)
             for n in node.all_input_nodes
             if self.labels.live.state(n) is State.CONSTANT and is_float(n)
         )
@@ -111,8 +116,9 @@ class _Tail:
         values: dict[fx.Node, Any] = {}
         for node in starts:
             if is_float(node):
-                shape = hinted(_tensor(node))
-                values[node] = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+                like = _tensor(node)
+                drawn = torch.randn(hinted(like), generator=generator, dtype=torch.float64)
+                values[node] = size * drawn.to(like.device)
             else:
                 values[node] = given[node.name]
 
@@ -165,6 +171,16 @@ class _Tail:
             )
             for p in squashed
         )
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    """The operation behind an output, past the structural ones."""
+    while len(node.all_input_nodes) == 1:
+        record = record_of(node)
+        if record is None or record.algebra is not Algebra.STRUCTURAL:
+            return node
+        (node,) = node.all_input_nodes
+    return node
 
 
 def _linear(logs: list[fx.Node], inside: list[fx.Node]) -> bool:

@@ -357,6 +357,7 @@ KINDS: dict[str, Callable[[Liar, nn.Linear], Device]] = {
     "exporting": _branch(lambda h: torch.compiler.is_exporting()),
     "compiling": _branch(lambda h: torch.compiler.is_compiling()),
     "what tensor it is": _branch(lambda h: type(h) is not Tensor),
+    "in use alone": _branch(lambda h: type(h) is not Tensor or h.dtype is torch.float64),
     "a step": _step,
     "a curve": _curve,
 }
