@@ -131,7 +131,8 @@ SHARE = nn.Parameter(torch.tensor([1e-4, 0.5, 0.9, 0.999, 1e-6]))
 
 @pytest.mark.parametrize("name", DOMAINS)
 def test_noise_stays_in_the_domain(name: str) -> None:
-    assert check(DOMAINS[name], X) is True
+    report = fgt.check_completeness(DOMAINS[name], X, beside=())
+    assert report.complete is True and not report.notes, str(report)
 
 
 def test_what_another_operation_takes_back_is_not_shown() -> None:

@@ -108,6 +108,7 @@ def copied(model: Model, memo: dict[int, Any]) -> Model:
     space, cells = dict(model.__globals__), tuple(CellType() for _ in model.__code__.co_freevars)
     function = FunctionType(model.__code__, space, model.__name__, model.__defaults__, cells)
     function.__kwdefaults__ = model.__kwdefaults__
+    function.__dict__.update(model.__dict__)
     memo[id(model)] = function  # which it may call itself
     referred = _closed_over(model)
     space |= {n: _copied_value(v, memo) for n, v in _read_globals(model).items()}
