@@ -232,7 +232,7 @@ def test_a_folded_function_is_saved_with_its_plan(tmp_path: Any) -> None:
 
 
 TOKENS = torch.randn(2, 3, 5, dtype=torch.float64)
-Q, K, V = (torch.randn(5, 5, dtype=torch.float64) for _ in range(3))
+QUERY, KEY, VALUE = (torch.randn(5, 5, dtype=torch.float64) for _ in range(3))
 GAIN, SHIFT = torch.rand(5, dtype=torch.float64) + 0.5, torch.randn(5, dtype=torch.float64)
 
 
@@ -242,11 +242,11 @@ def _layer_norm(x: Tensor) -> Tensor:
 
 
 def _scores(x: Tensor) -> Tensor:
-    return (x @ Q) @ (x @ K).mT / math.sqrt(5)
+    return (x @ QUERY) @ (x @ KEY).mT / math.sqrt(5)
 
 
 def _attention(x: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*((x @ w)[:, None] for w in (Q, K, V)))[:, 0]
+    return F.scaled_dot_product_attention(*((x @ w)[:, None] for w in (QUERY, KEY, VALUE)))[:, 0]
 
 
 def _stable(x: Tensor) -> Tensor:
@@ -265,19 +265,19 @@ IN_PARTS: dict[str, tuple[Function, Function]] = {
         lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * GAIN,
         lambda x: F.rms_norm(x, (5,), GAIN, 1e-6),
     ),
-    "attention": (lambda x: _scores(x).softmax(-1) @ (x @ V), _attention),
-    "attention, its softmax too": (lambda x: _stable(x) @ (x @ V), _attention),
+    "attention": (lambda x: _scores(x).softmax(-1) @ (x @ VALUE), _attention),
+    "attention, its softmax too": (lambda x: _stable(x) @ (x @ VALUE), _attention),
     "a unit vector": (
         lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12),
         lambda x: F.normalize(x, dim=-1),
     ),
     "a cosine": (
-        lambda x: (F.normalize(x @ Q, dim=-1) * F.normalize(GAIN, dim=-1)).sum(-1, keepdim=True),
-        lambda x: F.cosine_similarity(x @ Q, GAIN, dim=-1)[..., None],
+        lambda x: (F.normalize(x @ QUERY, dim=-1) * F.normalize(GAIN, dim=-1)).sum(-1, keepdim=True),
+        lambda x: F.cosine_similarity(x @ QUERY, GAIN, dim=-1)[..., None],
     ),
     "a distance": (
-        lambda x: (x - x @ Q + 1e-6).norm(dim=-1, keepdim=True),
-        lambda x: F.pairwise_distance(x, x @ Q)[..., None],
+        lambda x: (x - x @ QUERY + 1e-6).norm(dim=-1, keepdim=True),
+        lambda x: F.pairwise_distance(x, x @ QUERY)[..., None],
     ),
     "a cross product": (
         lambda x: torch.linalg.cross(x[..., :3], x[..., 2:]),
