@@ -272,7 +272,7 @@ IN_PARTS: dict[str, tuple[Function, Function]] = {
         lambda x: F.normalize(x, dim=-1),
     ),
     "a cosine": (
-        lambda x: (F.normalize(x @ QUERY, dim=-1) * F.normalize(GAIN, dim=-1)).sum(-1, keepdim=True),
+        lambda x: (F.normalize(x @ QUERY, dim=-1) @ F.normalize(GAIN, dim=-1))[..., None],
         lambda x: F.cosine_similarity(x @ QUERY, GAIN, dim=-1)[..., None],
     ),
     "a distance": (

@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE))
 from table import MUTANTS, Mutant  # noqa: E402
 
 STORE = HERE / "results.json"
-COPIED = ("fullgrad_theory", "tests", "proofs", "docs")
+COPIED = ("fullgrad_theory", "tests", "proofs", "docs", "experiments")
 LIMIT = 1200
 """seconds of processor time for one pytest: the whole suite takes half of it"""
 CAMPAIGN = ("-c", "from fullgrad_theory.command.cli import app; app()", "fuzz", "--examples", "200")
