@@ -135,6 +135,15 @@ def test_noise_stays_in_the_domain(name: str) -> None:
     assert report.complete is True and not report.notes, str(report)
 
 
+def test_what_overflows_in_its_own_dtype_is_not_judged() -> None:
+    def model(x: Tensor) -> Tensor:
+        large = (x * 1e8).half()
+        return W((large - large * 0.5).to(x.dtype) * 1e-8)
+
+    assert check(model, X) is None
+    assert check(lambda x: W((x * 1e2).half().to(x.dtype)), X) is True
+
+
 def test_what_another_operation_takes_back_is_not_shown() -> None:
     report = fgt.check_completeness(lambda x: torch.logit(W(x).sigmoid()), X, unknown="measure")
     assert report.complete is None and any("takes back" in n for n in report.notes), str(report)

@@ -224,6 +224,7 @@ class Forward(Enum):
     WITHOUT_FAST_PATH = "same bits without torch's fast path for attention"
     OTHER = "other bits"
     RANDOM = "two runs of the model have different bits"
+    NOT_FINITE = "not finite in the model's own dtype"
 
 
 def forward_beside(structure: Structure) -> Forward:
@@ -233,6 +234,8 @@ def forward_beside(structure: Structure) -> Forward:
     module = rewrite(graph, structure.edits)
     with torch.no_grad():
         ours, theirs = module(*args, **kwargs), untouched(graph.model, args, kwargs)
+        if not all(bool(v.isfinite().all()) for v in float_leaves(theirs)):
+            return Forward.NOT_FINITE
         if _same_bits(ours, theirs):
             return Forward.SAME_BITS
         with without_fast_path():

@@ -62,7 +62,11 @@ class Evidence:
     @property
     def problems(self) -> list[str]:
         """Why the model could not be compared with its trace, which is all that was judged."""
-        of_forward = {Forward.OTHER: words.FORWARD_DIFFERS, Forward.RANDOM: words.RANDOM}
+        of_forward = {
+            Forward.OTHER: words.FORWARD_DIFFERS,
+            Forward.RANDOM: words.RANDOM,
+            Forward.NOT_FINITE: words.OWN_NOT_FINITE,
+        }
         own = [w.own.problem for w in self.wholes if w.own.problem]
         return [*own, *(of_forward[f] for f in [self.forward] if f in of_forward)]
 
@@ -129,7 +133,10 @@ def _unless_shown(
     shown = violated or Verdict.OPAQUE in judged or any(structure.problems)
     if evidence is None:
         return False if shown else None
-    if evidence.forward in (Forward.OTHER, Forward.RANDOM) or evidence.at_perturbed is None:
+    if (
+        evidence.forward in (Forward.OTHER, Forward.RANDOM, Forward.NOT_FINITE)
+        or evidence.at_perturbed is None
+    ):
         return None  # the trace is not the model, or nothing was measured
     if of_sum is Sum.ROUNDED_AWAY:
         return None

@@ -131,6 +131,10 @@ FAST_PATH = (
     "without gradients the model takes torch's fast path for attention, which rounds differently; "
     "the edited forward is the model's without that path, bit for bit"
 )
+OWN_NOT_FINITE = (
+    "in its own dtype the model's output is not finite at these inputs, so that what is judged in "
+    "float64 is not what it computes"
+)
 FORWARD_DIFFERS = (
     "the traced forward differs from the model's: something in its code is not seen by "
     "torch.export, or this library is in error; a verdict on the trace says nothing of the model"

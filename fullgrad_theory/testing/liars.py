@@ -27,7 +27,7 @@ Device = Callable[[Tensor], Tensor]
 class Liar:
     """A model by its parts. `kind`: of the device; `size`: of the lie, relative; `honest`: whether
     it tells the truth instead. `ids`: integers come in, through an embedding; `depth`: layers
-    before and behind; `faint`: the device works on values of 1e8, of which 1e-8 is added; `cast`: a
+    before and behind; `faint`: the device works on large values, a small part of which is added; `cast`: a
     dtype that the device's input passes through; `seed`: of the weights.
     """
 
@@ -43,6 +43,11 @@ class Liar:
     @property
     def twin(self) -> Liar:
         return replace(self, honest=True)
+
+    @property
+    def large(self) -> float:
+        """What a faint device's values are multiplied by; in float16 more would overflow."""
+        return 1e3 if self.cast == "float16" else 1e8
 
     def model(self) -> nn.Module:
         return _Network(self).eval()
@@ -99,8 +104,7 @@ class _Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.carried(self.before(self.table(x)))
         if self.liar.faint:
-            large = self.device(self._cast(h * 1e8))
-            h = h + 1e-8 * large
+            h = h + self.device(self._cast(h * self.liar.large)) / self.liar.large
         else:
             h = self.device(self._cast(h))
         y: Tensor = self.head(self.behind(h) + h)  # whatever the kinks behind hide
@@ -180,7 +184,7 @@ class _Shift(nn.Module):
 
 
 def _bias(liar: Liar, layer: nn.Linear) -> Device:
-    return _Shift(_factor(liar), 1e8 if liar.faint else 1.0)
+    return _Shift(_factor(liar), liar.large if liar.faint else 1.0)
 
 
 def _tensor_hook(liar: Liar, layer: nn.Linear) -> Device:
