@@ -27,8 +27,8 @@ Device = Callable[[Tensor], Tensor]
 class Liar:
     """A model by its parts. `kind`: of the device; `size`: of the lie, relative; `honest`: whether
     it tells the truth instead. `ids`: integers come in, through an embedding; `depth`: layers
-    before and behind; `faint`: the device works on large values, a small part of which is added; `cast`: a
-    dtype that the device's input passes through; `seed`: of the weights.
+    before and behind; `faint`: the device works on large values, of which a small part is added;
+    `cast`: a dtype that the device's input passes through; `seed`: of the weights.
     """
 
     kind: str
