@@ -114,24 +114,36 @@ OTHERWISE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
 def test_a_model_that_is_another_in_the_audit_is_not_judged(name: str) -> None:
     lie, truth = OTHERWISE[name]
     report = fgt.check_completeness(lie, X, beside=())
-    assert report.complete is not True and report.problems, str(report)
+    # x*x, which it is in use, is incomplete whatever else is found
+    assert report.complete is (False if name == "a dtype" else None), str(report)
+    assert report.problems
     assert check(truth, X) is True
 
 
-DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
-    "a root of a variance": lambda x: x * VARIANCE.sqrt(),
-    "its inverse": lambda x: x * VARIANCE.rsqrt(),
-    "its logarithm": lambda x: x * VARIANCE.log(),
-    "a logit": lambda x: x * torch.logit(SHARE),
-    "an arc cosine": lambda x: x * torch.acos(SHARE),
+class Held(nn.Module):
+    """A layer whose parameters have to stay in a domain."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part = nn.Parameter(torch.tensor([1e-4, 0.5, 0.9, 0.999, 1e-6]))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.function(self.part, x)
+
+
+DOMAINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a root of a variance": lambda v, x: v.sqrt(),
+    "its inverse": lambda v, x: v.rsqrt(),
+    "its logarithm": lambda v, x: v.log(),
+    "a logit": lambda v, x: torch.logit(v),
+    "an arc cosine": lambda v, x: torch.acos(v),
 }
-VARIANCE = nn.Parameter(torch.tensor([1e-4, 0.5, 1.0, 2.0, 1e-6]))
-SHARE = nn.Parameter(torch.tensor([1e-4, 0.5, 0.9, 0.999, 1e-6]))
 
 
 @pytest.mark.parametrize("name", DOMAINS)
 def test_noise_stays_in_the_domain(name: str) -> None:
-    report = fgt.check_completeness(DOMAINS[name], X, beside=())
+    report = fgt.check_completeness(Held(DOMAINS[name]).eval(), X, beside=())
     assert report.complete is True and not report.notes, str(report)
 
 

@@ -327,7 +327,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a degree's exponent is perturbed", VERDICT, "check/copies.py",
            'if tensor.is_floating_point() and key not in stay:', 'if tensor.is_floating_point():', (CHECK, SPELLED)),
     Mutant("what cannot be judged is incomplete", VERDICT, "check/verdict.py",
-           'return False if shown or infinite or misses or modified or small else None', 'return False', (CHECK, TRAPS, LIARS)),
+           'return False if shown or infinite or misses or modified or small else None', 'return False', (OWN,)),
     Mutant("what is taken back is shown", VERDICT, "check/verdict.py",
            'return len(evidence.wholes) > 1 and evidence.error <= ROUNDING', 'return False', (OWN,)),
     Mutant("a measurement is believed once", VERDICT, "plan/measuring.py",

@@ -155,9 +155,10 @@ def unroll(module: fx.GraphModule) -> None:
         elif record is None and _is_made_of_others(node.target):
             try:
                 steps, given = _steps(node, mode, False)
-            except (RuntimeError, ValueError, TypeError):
-                continue  # what it does depends on values
-            if all(map(_is_known, _calls(steps))):
+            except (RuntimeError, ValueError, TypeError, KeyError):
+                continue  # what it does depends on values, or on what has none here
+            held = any(n.op == "get_attr" for n in steps.graph.nodes)
+            if not held and all(_is_known(n) and "val" in n.meta for n in _calls(steps)):
                 _splice(module, node, steps, given)
 
 
