@@ -124,7 +124,8 @@ def own_does_not_run(error: Exception) -> str:
 
 
 def perturbed_fails(error: Exception) -> str:
-    return f"judged at the model's own parameters and inputs alone; at others near them: {error}"
+    said = str(error).splitlines()[0]
+    return f"judged at the model's own parameters and inputs alone; at others near them: {said}"
 
 
 FAST_PATH = (
