@@ -111,7 +111,8 @@ def choices_at(
                 others = {n: v.double() for n, v in held.items() if n is not entry}
                 inner = tuple(reversed(inside))
                 made.append(Region(entry, exit, inner, constants.beside(others)))
-        yield tuple(made)
+        if made:
+            yield tuple(made)
 
 
 def is_flag(node: fx.Node) -> bool:
