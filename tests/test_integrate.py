@@ -73,7 +73,6 @@ DEFINED: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "logsumexp": ("aten.logsumexp.default", lambda x: x.logsumexp(-1), (X,)),
     "logaddexp": ("aten.logaddexp.default", torch.logaddexp, (X, normal(2, 4, seed=1))),
     "products": ("aten.cumprod.default", lambda x: x.cumprod(-1), (X,)),
-    "glu": ("aten.glu.default", lambda x: F.glu(x, -1), (X,)),
     "power": ("aten.pow.Scalar", lambda x: 2.0**x, (X,)),
     "attention": (
         "aten.scaled_dot_product_attention.default",
@@ -307,7 +306,7 @@ def test_recurrences_are_complete(name: str) -> None:
     torch.manual_seed(0)
     model, x = RECURRENT[name]().eval(), torch.randn(2, 2, 3)
     plan = fgt.derive_rules(model, x)
-    assert [type(e) for e in plan] == [fgt.Integrate]
+    assert {type(e) for e in plan} == {fgt.Prune, fgt.Secant}  # gates held, gate by gate
     report = fgt.check_completeness(model, x, policy=plan)
     assert report.complete and report.error < 1e-10, report.problems  # type: ignore[operator]
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -318,12 +317,12 @@ def test_recurrences_are_complete(name: str) -> None:
             assert torch.equal(ours, model(given.clone().requires_grad_(requires_grad))[0])
 
 
-def test_every_output_of_a_recurrence_has_its_origin() -> None:
+def test_a_recurrence_has_the_bias_leaves_of_its_steps() -> None:
     torch.manual_seed(0)
     model = Last(nn.LSTM(3, 4)).eval().double()
     x = normal(5, 2, 3)
     parts = fgt.fullgrad(fgt.balance(model, x), x)
-    assert {k.split(" @ ")[0] for k in parts.biases} == {"f(0)"} and len(parts.biases) == 3
+    assert {k.split(" @ ")[0] for k in parts.biases} >= {"cell.bias_ih_l0", "cell.bias_hh_l0"}
     assert parts.error < 1e-10
     assert fgt.check_completeness(model, x, policy="libra").complete
 

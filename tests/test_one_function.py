@@ -203,7 +203,7 @@ def test_what_has_no_degree_in_parts_has_the_secant_of_the_whole(name: str) -> N
 def test_a_soft_codebook_has_a_plan() -> None:
     def model(x: Tensor) -> Tensor:
         near = 1 / (1 + torch.cdist(x, P.expand(4, -1) + torch.arange(4.0)[:, None]) ** 2)
-        return near / near.sum(-1, keepdim=True) @ torch.ones(4, 3)
+        return near / near.sum(-1, keepdim=True) @ torch.arange(12.0).reshape(4, 3)
 
     assert fgt.check_completeness(model, X, policy="libra", beside=()).complete is True
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 
 from ..errors import PlanError
 from ..operators.calls import target_name
 from ..operators.registry import lookup
+from ..operators.steps import with_bits_of
 from .base import OwnEdit
 from .writing import Target, Writing
 
@@ -33,24 +33,6 @@ class FreezeScale(OwnEdit):
             node.target = frozen.form
         else:
             node.target = FrozenForm(node.target, frozen.form)
-
-
-class _Instead(Function):
-    """One value with the gradient of another."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, other: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[1].dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, grad.to(ctx.dtype)
 
 
 class FrozenForm(Target):
@@ -81,10 +63,10 @@ class FrozenForm(Target):
             self.form = record.frozen.form
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        value, other = self.function(*args, **kwargs).detach(), self.form(*args, **kwargs)
+        value, other = self.function(*args, **kwargs), self.form(*args, **kwargs)
         if value.shape != other.shape:
             raise PlanError(
                 f"the frozen form of {target_name(self.function)} gives {tuple(other.shape)}, the "
                 f"operation {tuple(value.shape)}"
             )
-        return _Instead.apply(value, other)
+        return with_bits_of(other, value)

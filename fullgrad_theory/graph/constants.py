@@ -33,7 +33,7 @@ class Constants:
             try:
                 with torch.no_grad():
                     value = self._evaluated(node)
-            except (RuntimeError, ValueError, TypeError):
+            except (RuntimeError, ValueError, TypeError, IndexError):
                 value = None
             meta = isinstance(value, Tensor) and value.is_meta
             self._values[node] = None if meta else value
@@ -71,13 +71,21 @@ class Constants:
         if node.op == "get_attr":
             found = attrgetter(str(node.target))(self._graph.fx)
             return found.detach().double() if found.is_floating_point() else found.detach()
+        if any(self.value(n) is None for n in node.all_input_nodes):
+            return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        return pytree.tree_map_only(Tensor, _wide, made)
 
 
 def _lent(value: Tensor) -> Tensor:
     """Zeros of a fake tensor's shape, at the sizes of the example inputs."""
     return torch.zeros(hinted(value), dtype=value.dtype, device=value.device)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float64, as all floats here are, whatever the model computes in."""
+    return value.double() if value.is_floating_point() else value
 
 
 def hinted(value: Tensor) -> list[int]:

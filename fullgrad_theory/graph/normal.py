@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..operators.algebra import Algebra
 from ..operators.calls import target_name
 from ..operators.record import Operator
 from ..operators.registry import lookup
+from ..operators.steps import with_bits_of
 from .fakes import fake_mode
 
 aten = torch.ops.aten
@@ -152,6 +154,8 @@ def unroll(module: fx.GraphModule) -> None:
         record = lookup(target_name(node.target))
         if record is not None and _opens(record, node):
             _splice(module, node, *_steps(node, mode, record.algebra is not Algebra.COMPOSITE))
+        elif record is not None and record.steps is not None:
+            _write_beside(module, node, record.steps, mode)
         elif record is None and _is_made_of_others(node.target):
             try:
                 steps, given = _steps(node, mode, False)
@@ -160,6 +164,20 @@ def unroll(module: fx.GraphModule) -> None:
             held = any(n.op == "get_attr" for n in steps.graph.nodes)
             if not held and all(_is_known(n) and "val" in n.meta for n in _calls(steps)):
                 _splice(module, node, steps, given)
+
+
+def _write_beside(
+    module: fx.GraphModule, node: fx.Node, steps: Callable[..., Any], mode: Any
+) -> None:
+    """The steps of a kernel before it, and from there on its value with their gradient."""
+    made = _written(module, node, *_traced(steps, node, mode, True))
+    read = {node: made} if isinstance(made, fx.Node) else {u: made[u.args[1]] for u in node.users}
+    for kernel, value in read.items():
+        with module.graph.inserting_after(kernel):
+            joined = module.graph.call_function(with_bits_of, (value, kernel))
+        joined.meta = dict(kernel.meta)
+        for user in [u for u in kernel.users if u is not joined]:
+            user.replace_input_with(kernel, joined)
 
 
 def _is_made_of_others(target: Any) -> bool:
@@ -178,14 +196,21 @@ def _calls(module: fx.GraphModule) -> list[fx.Node]:
 
 def _steps(node: fx.Node, mode: Any, with_modes: bool) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The calls that torch makes for a call, and the nodes that they read."""
+    target: Any = node.target
+    return _traced(target.decompose, node, mode, with_modes)
+
+
+def _traced(
+    function: Callable[..., Any], node: fx.Node, mode: Any, with_modes: bool
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The calls that a function makes of a node's arguments, and the nodes that they read."""
     given = {n: n.meta["val"] for n in node.all_input_nodes}
     given = {n: v if hasattr(v, "fake_mode") else mode.from_tensor(v) for n, v in given.items()}
 
     def compute(*values: Tensor) -> Any:
         env = dict(zip(given, values, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        target: Any = node.target
-        return target.decompose(*args, **kwargs)
+        return function(*args, **kwargs)
 
     with mode:
         return make_fx(compute, pre_dispatch=with_modes)(*given.values()), list(given)
@@ -204,6 +229,19 @@ def _tensors(value: Any) -> list[Tensor]:
 def _splice(
     module: fx.GraphModule, node: fx.Node, steps: fx.GraphModule, given: list[fx.Node]
 ) -> None:
+    results = _written(module, node, steps, given)
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(results)
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+
+
+def _written(
+    module: fx.GraphModule, node: fx.Node, steps: fx.GraphModule, given: list[fx.Node]
+) -> Any:
+    """What the steps result in, written before a node."""
     inputs = iter(given)
     env: dict[fx.Node, fx.Node] = {}
     kept = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -216,12 +254,7 @@ def _splice(
             else:
                 env[inner] = module.graph.node_copy(inner, env.__getitem__)
                 env[inner].meta = {"val": inner.meta["val"]} | kept
-    if isinstance(results, fx.Node):
-        node.replace_all_uses_with(env[results])
-    for user in list(node.users):
-        user.replace_all_uses_with(env[results[user.args[1]]])
-        module.graph.erase_node(user)
-    module.graph.erase_node(node)
+    return fx.map_arg(results, env.__getitem__)
 
 
 def mutates(node: fx.Node) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -68,7 +69,9 @@ def bind(node: fx.Node) -> dict[str, Any]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         names = (
-            ["self", "index"] if len(node.args) == 2 else [f"arg{i}" for i in range(len(node.args))]
+            ["self", "index"]
+            if node.target is operator.getitem
+            else [f"arg{i}" for i in range(len(node.args))]
         )
         return dict(zip(names, node.args, strict=True)) | dict(node.kwargs)
     bound: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from .gates import Gate
 from .readers import Reader
 from .record import Frozen, Operator
 from .relations import signature_names
+from .steps import BITS
 from .tables import TABLES
 from .views import View
 
@@ -56,7 +57,7 @@ def has_role(node: Any, role: Role) -> bool:
 
 def registered() -> Iterator[Operator]:
     """All records, by name."""
-    known = (o for o in _REGISTRY.values() if o is not REGION)
+    known = (o for o in _REGISTRY.values() if o not in (REGION, BITS))
     return iter(sorted(known, key=lambda operator: operator.name))
 
 
@@ -147,5 +148,5 @@ def _only_tensor(name: str, algebra: Algebra) -> str:
     )
 
 
-for _operator in (REGION, *(row for table in TABLES for row in table)):
+for _operator in (REGION, BITS, *(row for table in TABLES for row in table)):
     _add(_operator)

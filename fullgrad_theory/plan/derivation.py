@@ -14,13 +14,14 @@ from torch import fx
 from ..edits.costs import Policy, within
 from ..edits.costs import policy as policy_of
 from ..edits.folding import fold
-from ..edits.kinds import Edit, Secant
+from ..edits.kinds import Edit, Integrate
 from ..errors import InputError, NoPlanError, PolicyError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model
 from ..graph.leaves import LeafSpec
 from ..graph.sources import module_path
 from ..operators.calls import target_name
+from ..operators.registry import REGION
 from .labelling import Degrees, degrees
 from .measuring import graph_of
 from .plan import Plan, fingerprint
@@ -75,9 +76,12 @@ def derive_rules(
     if not whole:
         return _search(problem, before, alternatives, effort)
     folded = fold(graph, whole)
+    # a user folds a region in order to have it integrated; this one is an operation with a price
+    priced = {e.node: replace(REGION) for e in whole if isinstance(e, Integrate)}
+    folded = replace(folded, measured={**folded.measured, **priced})
     problem = Problem(folded, liveness(folded), chosen)
     plan = _search(problem, degrees(folded, (), problem.live), alternatives, effort)
-    return _unfolded(plan, graph, {Secant(edit.node): edit for edit in whole})
+    return _unfolded(plan, graph, {type(edit)(edit.node): edit for edit in whole})
 
 
 def _unfolded(plan: Plan, graph: ComputationGraph, regions: Mapping[Edit, Edit]) -> Plan:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .states import Walk
 
 _LINEAR = (Algebra.STRUCTURAL, Algebra.AFFINE, Algebra.MULTILINEAR)
+WIDTHS = (1e-6, 1e-3, 0.37, 1.3, 5.0, 21.7, 1e3)
+"""how far from where a comparison turns it is looked at once more, in units of 1 + |turn|"""
 
 
 def mark_jumps(walk: Walk) -> dict[str, Call]:
@@ -35,7 +37,7 @@ def _jumps(walk: Walk, name: str, call: Call) -> bool:
     jumps = call.operator.jumps
     if jumps is not None:
         found = {*jumps(call.arguments)}
-        return any(found & {*monomial} for monomial in constant_monomials(call))
+        return "1" in found or any(found & {*monomial} for monomial in constant_monomials(call))
     relations = polynomial(call.operator.signature, call) if call.operator.kind.ruled else None
     if relations is None or not walk.is_live(walk.graph.nodes[name]):
         return False
@@ -66,10 +68,10 @@ def _leaves(walk: Walk, value: fx.Node | None) -> set[str]:
 
 
 def is_continuous(region: Region) -> bool:
-    """Whether the function does not jump where its comparisons turn.
+    """Whether the function does not jump where its comparisons and signs turn.
 
-    Known where each compares affine functions of the entry, so that it turns at one point, which is
-    looked at from both sides; anything else (a rounding, a sign) is taken for a jump.
+    Known where each turns at one point, as one of affine functions of the entry does, which is
+    looked at from both sides; anything else (a rounding) is taken for a jump.
     """
     try:
         turns = [_turn(region, node) for node in _steps(region)]
@@ -90,8 +92,9 @@ def _steps(region: Region) -> list[fx.Node]:
 
 
 def _turn(region: Region, node: fx.Node) -> Tensor | None:
-    """Where a comparison of two affine functions turns, NaN where it does not; None for others."""
-    if not is_flag(node) or len(node.args) != 2 or not _compares_affine(region, node):
+    """Where a comparison or a sign of affine functions turns, NaN where it does not; None for what
+    turns elsewhere."""
+    if not 1 <= len(node.args) <= 2 or not _compares_affine(region, node):
         return None
 
     def difference(u: Tensor) -> Tensor:
@@ -99,17 +102,37 @@ def _turn(region: Region, node: fx.Node) -> Tensor | None:
         sides: Any = fx.map_arg(
             node.args, lambda n: values[n] if n in values else region.constants.value(n)
         )
-        return sides[0] - sides[1] + region.zero
+        return sides[0] - (sides[1] if len(sides) > 1 else 0.0) + region.zero
 
     origin, one, two = (difference(region.zero + k) for k in (0.0, 1.0, 2.0))
     slope = one - origin
-    if not torch.allclose(two, origin + 2.0 * slope, rtol=1e-9, atol=1e-12):
+    known = torch.isfinite(origin)  # what is compared with infinity never turns
+    if not torch.allclose(two[known], (origin + 2.0 * slope)[known], rtol=1e-9, atol=1e-12):
         return None
-    turn = torch.where(slope == 0, torch.nan, -origin / slope)
-    width = 1e-6 * (1.0 + turn.abs())
-    before, after = (region.values(turn + side * width)[node] for side in (-1.0, 1.0))
-    equality = (before == after) & ~turn.isnan()  # as of ==: it holds at that point alone
-    return None if bool(equality.any()) else turn
+    turn = torch.where(known & (slope != 0), -origin / slope, torch.nan)
+    at = torch.where(turn.isnan(), 0.0, turn)
+    for side in (-1.0, 1.0):
+        seen = [region.values(at + side * width * (1.0 + at.abs()))[node] for width in WIDTHS]
+        if not all(bool((other == seen[0]).all()) for other in seen):
+            return None
+    return _hit(region, node, turn)
+
+
+def _hit(region: Region, node: fx.Node, turn: Tensor) -> Tensor | None:
+    """The turn; of an equality, which holds at that point alone, the float that it holds at."""
+    at = torch.where(turn.isnan(), 0.0, turn)
+    step = 1e-6 * (1.0 + at.abs())
+    before, after = (region.values(at + side * step)[node] for side in (-1.0, 1.0))
+    if len(node.args) == 1:  # as isnan: of no number, if not of 0
+        target: Any = node.target
+        turn = torch.where(
+            (before == after) & (target(torch.zeros_like(turn)) == before), torch.nan, turn
+        )
+    for near in (at, at.nextafter(at + 1.0), at.nextafter(at - 1.0)):
+        here = region.values(near)[node]
+        if bool(((before != after) | (here != before) | turn.isnan()).all()):
+            return torch.where(turn.isnan(), turn, near)
+    return None
 
 
 def _compares_affine(region: Region, node: fx.Node) -> bool:

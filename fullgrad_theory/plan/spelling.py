@@ -10,13 +10,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..edits.integrating import Integrate
 from ..edits.secants import Secant
 from ..graph.computation import ComputationGraph
 from ..graph.constants import Constants
 from ..operators.algebra import Algebra
+from ..operators.calls import Call
 from ..operators.relations import polynomial
+from .exponentials import spelled_exponentials
 from .labelling import Degrees
-from .regions import Moves, Region, region_at, regions_at
+from .regions import Moves, Region, is_flag, region_at, regions_at
 from .states import State
 
 RAYS = (0.3, 1.0, 3.0, 8.0)
@@ -24,14 +27,14 @@ RAYS = (0.3, 1.0, 3.0, 8.0)
 STEPS = 512
 
 
-def spelled(graph: ComputationGraph, before: Degrees) -> tuple[Secant, ...]:
+def spelled(graph: ComputationGraph, before: Degrees) -> tuple[Secant | Integrate, ...]:
     """The regions that stand for one function each; `before`: the labelling without edits."""
     live = before.live
     constants = Constants(graph, lambda n: live.state(n) is not State.CONSTANT)
+    found: list[Secant | Integrate] = list(spelled_exponentials(graph, before, constants))
+    taken: set[str] = {name for edit in found for name in edit.folds}
     gated = {name: _gated(graph, before, name, constants) for name in live.calls}
     apart: set[str] = set().union(*gated.values())
-    taken: set[str] = set()
-    found = []
     for name in [n for n in reversed(graph.nodes) if n in before.alive and n in live.calls]:
         if name in taken or not _curves(before, name):
             continue
@@ -43,13 +46,13 @@ def spelled(graph: ComputationGraph, before: Degrees) -> tuple[Secant, ...]:
         inside = [n.name for n in region.inside]
         taken |= {*inside}
         found.append(Secant(name, tuple(inside), origin))
-    return tuple(reversed(found))
+    return tuple(sorted(found, key=lambda edit: graph.places[graph.nodes[edit.node]]))
 
 
 def _curves(before: Degrees, name: str) -> bool:
     """Whether a call is more than linear in the one value that it reads."""
     call = before.live.calls[name]
-    if call.operator.edits or call.operator.algebra is Algebra.SINGULAR:
+    if call.operator.edits or call.operator.algebra is Algebra.SINGULAR or _selects(call):
         return True
     relations = polynomial(call.operator.signature, call) if call.operator.kind.ruled else None
     return any(
@@ -58,6 +61,17 @@ def _curves(before: Degrees, name: str) -> bool:
         for term in r.terms
         if term
     )
+
+
+def _selects(call: Call) -> bool:
+    """Whether a condition that moves says which value it is."""
+    return any(n is not None and is_flag(n) for n in map(call.node, call.moving))
+
+
+def _divides(call: Call) -> bool:
+    """Whether it divides by a value that moves."""
+    relations = polynomial(call.operator.signature, call) if call.operator.kind.ruled else None
+    return any(p < 0 for r in relations or () for term in r.terms for _, p in term)
 
 
 def _gated(graph: ComputationGraph, before: Degrees, name: str, constants: Constants) -> set[str]:
@@ -91,7 +105,10 @@ def _widest(
         # 1/(1 + u^2) is one function of u, (mean(x^2) + eps)^-1/2 the scale of a norm
         linear = before.facts[region.entry.name][0].degree == 1
         count = sum(
-            bool(c.operator.origin) or c.operator.algebra is Algebra.SINGULAR or (c.eps and linear)
+            bool(c.operator.origin)
+            or c.operator.algebra is Algebra.SINGULAR
+            or _divides(c)
+            or (c.eps and linear)
             for c in calls
         )
         origin = _origin(region) if count > shifted or (singular and best is None) else None

@@ -199,10 +199,19 @@ def _call(op: Operator, node: fx.Node, walk: Walk) -> Call:
         for o in operands(arguments)
         if o.node is not None and o.name not in op.shapes and walk.moves(o.node)
     )
-    op = (op.becomes and op.becomes(arguments, moving)) or op
+    op = (op.becomes and op.becomes(_sized(arguments), moving)) or op
     arguments |= {n: _exponent(arguments[n], walk) for n in exponent_names(op.signature)}
     every = [_with_zero(o, walk) for o in operands(arguments)]
     return Call(op, tuple(every), arguments, moving)
+
+
+def _sized(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments, the sizes among them as what is known of them, not as nodes."""
+
+    def known(node: fx.Node) -> Any:
+        return node if holds_tensor(node) else node.meta.get("val", node)
+
+    return {name: fx.map_arg(value, known) for name, value in arguments.items()}
 
 
 def _exponent(value: Any, walk: Walk) -> Any:
@@ -226,7 +235,7 @@ def _known_call(walk: Walk, node: fx.Node, call: Call) -> States:
     """The states of its outputs, by its class."""
     op = call.operator
     _check_names(walk.graph, call, node)
-    refused = op.refuses(call.arguments) if op.refuses else None
+    refused = op.refuses(_sized(call.arguments)) if op.refuses else None
     if refused:
         raise UnregisteredOperationError(f"{walk.graph.describe(node.name)}: {refused}")
     if not call.moving:  # the input lends a shape

@@ -154,7 +154,7 @@ _CASES: dict[str, list[_Case]] = {
     "scatter.value": [_case(_X, 1, _INT([[2], [1]]), 0.25)],
     "masked_scatter": [_case(_X, _mask(2, 3), _real(6))],
     "index_add index_copy": [_case(_X, 1, _INT([2, 0]), _real(2, 2))],
-    "index_put": [_case(_X, [_INT([0, 1]), _INT([2, 0])], _real(2)),
+    "index_put _unsafe_index_put": [_case(_X, [_INT([0, 1]), _INT([2, 0])], _real(2)),
                   _case(_X, [_INT([0, 0]), _INT([2, 2])], _real(2), True)],
     "index_fill.int_Scalar": [_case(_X, 1, _INT([2]), 0.25)],
     "index_fill.int_Tensor": [_case(_X, 1, _INT([2]), _real())],

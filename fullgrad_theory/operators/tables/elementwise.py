@@ -37,7 +37,7 @@ TABLE: Table = (
     *zero_origin("asin", gate=gates.asin),
     *zero_origin("atanh", gate=gates.atanh),
     *elementwise("sigmoid", origin=0.5, gate=gates.sigmoid, roles=(Role.PROBABILITY,)),
-    *elementwise("special_expit", origin=0.5, gate=gates.sigmoid),
+    *elementwise("special_expit", origin=0.5, gate=gates.sigmoid, roles=(Role.PROBABILITY,)),
     *elementwise(
         "log_sigmoid",
         origin=-math.log(2.0),

@@ -26,9 +26,9 @@ TABLE: Table = (
         ge.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar greater.Tensor less.Tensor isclose equal
         logical_not logical_and logical_or logical_xor bitwise_not bitwise_and.Tensor
         bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor __and__.Tensor
-        __or__.Tensor isnan isinf isfinite signbit argmax argmin argsort argsort.stable one_hot
-        bucketize.Tensor searchsorted.Tensor nonzero argwhere count_nonzero any any.dim all all.dim
-        item _local_scalar_dense
+        __or__.Tensor isnan isinf isposinf isneginf isfinite signbit argmax argmin argsort
+        argsort.stable one_hot bucketize.Tensor searchsorted.Tensor nonzero argwhere count_nonzero
+        any any.dim all all.dim item _local_scalar_dense
         """
     ),
     *freezing("view.dtype", view=views.OF_MEMORY),

@@ -60,6 +60,7 @@ TABLE: Table = (
         reader=readers.remaining,
         jumps=lambda arguments: ("other",),
     ),
+    *homogeneous("frac", jumps=lambda arguments: ("1",)),
     *homogeneous("square var var.dim var.correction", "self^2"),
     *homogeneous("sqrt", "self^1/2"),
     *homogeneous("rsqrt", "self^-1/2"),

@@ -36,7 +36,7 @@ TABLE: Table = (
     *affine("diff", "self + prepend + append"),
     *affine("scatter_add", "self + src"),
     *affine("index_add", "self + source*alpha"),
-    *affine("index_put", "self + values"),
+    *affine("index_put _unsafe_index_put", "self + values"),
     *affine(
         """
         avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d

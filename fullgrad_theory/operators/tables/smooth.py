@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
-from .. import attention_form
+from .. import attention_form, steps
 from ..algebra import Algebra, Role
 from ..record import Operator
 from .row import Table, rows
@@ -67,15 +67,22 @@ def _times_logarithm(arguments: Mapping[str, Any], moving: Collection[str]) -> O
     return Operator("aten.xlogy.Tensor", Algebra.STRUCTURAL, proved=True) if linear else None
 
 
+_STEPS_ON_CPU: Any = {"opened": ("cpu", "meta"), "refuses": _drops_out}
+
 TABLE: Table = (
     *smooth("softmax.int _softmax", roles=(Role.SOFTMAX, Role.PROBABILITY)),
     *smooth("_safe_softmax", roles=(Role.SOFTMAX,)),
     *smooth("log_softmax.int _log_softmax", roles=(Role.PROBABILITY,)),
-    *smooth("logsumexp logaddexp logcumsumexp pow.Scalar lstm_cell gru_cell"),
-    *smooth("lstm.input gru.input", refuses=_drops_out),
+    *smooth("logsumexp logaddexp logcumsumexp pow.Scalar"),
+    *smooth("lstm.input", refuses=_drops_out, steps=steps.lstm),
+    *smooth("lstm_cell", steps=steps.lstm_cell),
+    *smooth("gru_cell", steps=steps.gru_cell),
     # steps on the CPU; elsewhere kernels with other bits
-    *smooth("rnn_tanh.input rnn_relu.input", opened=("cpu", "meta"), refuses=_drops_out),
-    *smooth("glu cumprod", vanishes="self"),
+    *smooth("gru.input", **_STEPS_ON_CPU, steps=steps.gru),
+    *smooth("rnn_tanh.input", **_STEPS_ON_CPU, steps=steps.rnn_tanh),
+    *smooth("rnn_relu.input", **_STEPS_ON_CPU, steps=steps.rnn_relu),
+    *smooth("glu", vanishes="self", steps=steps.glu),
+    *smooth("cumprod", vanishes="self"),
     *smooth("special_xlog1py", vanishes="self", becomes=_times_logarithm, roles=(Role.POINTWISE,)),
     *smooth("prod", vanishes="self", becomes=_product_of_all),
     *smooth("prod.dim_int", vanishes="self", becomes=_product),
@@ -87,8 +94,8 @@ TABLE: Table = (
         frozen=attention_form.HELD_WEIGHTS,
         refuses=_is_random,
     ),
-    # infinite at 0; undetermined at (0, 0), where angle and x^y depend on the direction; a sawtooth
-    *singular("log log2 log10 logit frac"),
+    # infinite at 0; undetermined at (0, 0), where angle and x^y depend on the direction
+    *singular("log log2 log10 logit"),
     *singular("atan2", becomes=_angle),
     *singular("pow.Tensor_Tensor float_power.Tensor_Tensor", becomes=_power),
     *singular("xlogy.Tensor", becomes=_times_logarithm),

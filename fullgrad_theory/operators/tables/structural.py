@@ -46,10 +46,14 @@ TABLE: Table = (
         repeat_interleave.self_int repeat_interleave.self_Tensor diag diag_embed hsplit.int
         vsplit.int unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes unfold im2col
         index.Tensor index_select gather take_along_dim take masked_select flip fliplr flipud roll
-        rot90 tril triu alias lift_fresh_copy positive to.prim_Device pixel_shuffle pixel_unshuffle
-        channel_shuffle reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d real
-        imag view_as_real view_as_complex conj conj_physical _conj resolve_conj resolve_neg
+        rot90 tril triu lift_fresh_copy to.prim_Device pixel_shuffle pixel_unshuffle
+        channel_shuffle reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+        imag view_as_real view_as_complex
         """
+    ),
+    *structural(
+        "alias positive real conj conj_physical _conj resolve_conj resolve_neg",
+        roles=(Role.POINTWISE,),
     ),
     *structural(
         "reshape flatten.using_ints ravel unflatten.int squeeze squeeze.dim squeeze.dims unsqueeze",
