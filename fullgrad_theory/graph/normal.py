@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
 from ..operators.algebra import Algebra
-from ..operators.calls import target_name
+from ..operators.calls import bind, target_name
 from ..operators.record import Operator
 from ..operators.registry import lookup
 from ..operators.steps import with_bits_of
@@ -148,13 +148,16 @@ def unroll(module: fx.GraphModule) -> None:
     """Replace what is `opened` on its device by the calls that torch makes for it, and what nobody
     registered where torch makes it of calls that are known."""
     mode = fake_mode(module.graph)
+    moving: set[fx.Node] = set()
     for node in list(module.graph.nodes):
+        if node.op == "placeholder" or moving & {*node.all_input_nodes}:
+            moving.add(node)
         if mode is None or node.op != "call_function":
             continue
         record = lookup(target_name(node.target))
         if record is not None and _opens(record, node):
             _splice(module, node, *_steps(node, mode, record.algebra is not Algebra.COMPOSITE))
-        elif record is not None and record.steps is not None:
+        elif record is not None and record.steps is not None and _moves(record, node, moving):
             _write_beside(module, node, record.steps, mode)
         elif record is None and _is_made_of_others(node.target):
             try:
@@ -166,11 +169,20 @@ def unroll(module: fx.GraphModule) -> None:
                 _splice(module, node, steps, given)
 
 
+def _moves(record: Operator, node: fx.Node, moving: Collection[fx.Node]) -> bool:
+    """Whether all the operands that have to depend on the input do."""
+    arguments = bind(node)
+    return all(arguments.get(name) in moving for name in record.together)
+
+
 def _write_beside(
     module: fx.GraphModule, node: fx.Node, steps: Callable[..., Any], mode: Any
 ) -> None:
     """The steps of a kernel before it, and from there on its value with their gradient."""
-    made = _written(module, node, *_traced(steps, node, mode, True))
+    made_of, given = _traced(steps, node, mode, True)
+    if [n.target for n in _calls(made_of)] == [node.target]:  # a linear layer without a bias
+        return
+    made = _written(module, node, made_of, given)
     read = {node: made} if isinstance(made, fx.Node) else {u: made[u.args[1]] for u in node.users}
     for kernel, value in read.items():
         with module.graph.inserting_after(kernel):

@@ -51,7 +51,8 @@ class Operator:
     operation is 0, whatever the others are. `reader`: how bias leaves contribute, where the class
     does not tell. `view`: how what is written through it comes back. `opened`: the devices on which
     a trace holds torch's own steps in its place, None for all. `steps`: it in operations that have
-    degrees, which a trace holds beside it: the gradient is theirs. `refuses`: a reason to refuse a
+    degrees, which a trace holds beside it: the gradient is theirs; with `together`, only where all
+    of these operands depend on the input. `refuses`: a reason to refuse a
     call (training-mode batch norm). `becomes`: the record that it has where the arguments and what
     moves among them make it another function (a determinant of known size). `jumps`: the operands
     whose factor jumps, "1" for a constant that is none. `misreads`: whether torch's backward of it
@@ -72,6 +73,7 @@ class Operator:
     view: View | None = None
     opened: Collection[str] | None = ()
     steps: Callable[..., Any] | None = None
+    together: tuple[str, ...] = ()
     refuses: Callable[[Mapping[str, Any]], str | None] | None = None
     becomes: Callable[[Mapping[str, Any], Collection[str]], Operator | None] | None = None
     jumps: Callable[[Mapping[str, Any]], Collection[str]] | None = None

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 
 from .algebra import Algebra
-from .calls import as_one_call
+from .calls import as_one_call, overload
 from .record import Operator
 
 
@@ -53,6 +53,37 @@ BITS = Operator(
 def glu(self: Tensor, dim: int = -1) -> Tensor:
     value, gate = self.chunk(2, dim)
     return value * gate.sigmoid()
+
+
+def and_bias(op: str) -> Callable[..., Tensor]:
+    """A linear layer or a convolution, and then its bias."""
+
+    def layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+        made: Tensor = overload(op)(input, weight, None, *rest)
+        if bias is None:
+            return made
+        return made + bias.reshape(-1, *[1] * max(weight.dim() - 2, 0))
+
+    return layer
+
+
+def added_to(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A product that is added to something, as addmm is, in two operations."""
+
+    def added(
+        self: Tensor,
+        one: Tensor,
+        other: Tensor,
+        *,
+        beta: float = 1,
+        alpha: float = 1,
+        value: float = 1,
+    ) -> Tensor:
+        made = product(one, other)
+        made = made if alpha * value == 1 else made * (alpha * value)
+        return made + (self if beta == 1 else self * beta)
+
+    return added
 
 
 def lstm_cell(

@@ -182,7 +182,8 @@ class Problem:
         """What each of those calls reads, by argument, in graph order."""
         reaching = set(self.ends)
         read: dict[str, dict[str, Value | None]] = {}
-        for name, node in reversed(self.graph.nodes.items()):
+        for name in reversed(self.order):
+            node = self.graph.nodes[name]
             if name in reaching and name not in self.live.sources:
                 call = self.live.calls.get(name)
                 operands = [o for o in call.operands if o.name in call.moving] if call else []
@@ -224,14 +225,27 @@ class Problem:
             value = call.node(moved)
         return Prune.price(self.policy, None, modules)
 
+    @cached_property
+    def order(self) -> list[str]:
+        """The nodes, all that an operand needs before what the next one does: where two plans cost
+        the same the order decides, and so it is that of the expression, not of its evaluation."""
+        found: dict[fx.Node, None] = {}
+        stack = [*reversed(self.graph.outputs)]
+        while stack:
+            needed = [n for n in stack[-1].all_input_nodes if n not in found]
+            if not needed:
+                found[stack.pop()] = None
+            stack += reversed(needed)
+        return [node.name for node in found]
+
     def pieces(self) -> Iterator[list[str]]:
         """The names between one cut and the next; at a cut the degree must be 1.
 
         A node that no edge jumps over lies on every gradient path. Were its degree 0 the output's
         would be 0 as well; if it can only be 0 or 1, it is 1.
         """
-        index = {name: i for i, name in enumerate(self.graph.nodes)}
-        reach = max((index[s] for s in self.live.sources), default=-1)
+        index = {name: i for i, name in enumerate(self.order)}
+        reach = max((index[s] for s in self.live.sources if s in index), default=-1)
         last_read = dict.fromkeys(self.nodes, -1)
         for name, node in self.nodes.items():
             for _, value in node.read:

@@ -7,9 +7,11 @@ in no monomial (a sampling grid, an interpolation weight) must be seen at degree
 from collections.abc import Mapping
 from typing import Any
 
-from .. import readers
+import torch
+
+from .. import readers, steps
 from ..algebra import Algebra, Role
-from .row import Table, rows
+from .row import Table, aten_name, rows
 
 affine = rows(Algebra.AFFINE)
 multilinear = rows(Algebra.MULTILINEAR)
@@ -17,6 +19,21 @@ multilinear = rows(Algebra.MULTILINEAR)
 
 def _mixes_the_batch(arguments: Mapping[str, Any]) -> str | None:
     return "batch norm in training mode mixes the batch" if arguments["training"] else None
+
+
+def _convolutions(names: str, *roles: Role) -> Table:
+    rows_of = (
+        multilinear(
+            name,
+            "input*weight + bias",
+            roles=roles,
+            reader=readers.bias_of_kernel,
+            steps=steps.and_bias(aten_name(name)),
+            together=("input", "weight"),
+        )
+        for name in names.split()
+    )
+    return tuple(row for rows in rows_of for row in rows)
 
 
 TABLE: Table = (
@@ -93,28 +110,60 @@ TABLE: Table = (
         "input*weight + bias",
         roles=(Role.LINEAR, Role.WEIGHTED),
         reader=readers.bias_of_last,
+        steps=steps.and_bias("aten.linear.default"),
+        together=("input", "weight"),
     ),
     *multilinear("bilinear", "input1*input2*weight + bias", roles=(Role.WEIGHTED,)),
-    *multilinear("addmm", "mat1*mat2*alpha + self*beta"),
-    *multilinear("baddbmm", "batch1*batch2*alpha + self*beta", roles=(Role.TOKEN_PRODUCT,)),
-    *multilinear("addbmm", "batch1*batch2*alpha + self*beta"),
-    *multilinear("addmv", "mat*vec*alpha + self*beta"),
-    *multilinear("addr", "vec1*vec2*alpha + self*beta"),
-    *multilinear("addcmul", "tensor1*tensor2*value + self"),
-    *multilinear("addcdiv", "tensor1/tensor2*value + self"),
+    # a product of live values is scaled by itself, not with what it is added to
     *multilinear(
+        "addmm",
+        "mat1*mat2*alpha + self*beta",
+        steps=steps.added_to(torch.mm),
+        together=("mat1", "mat2"),
+    ),
+    *multilinear(
+        "baddbmm",
+        "batch1*batch2*alpha + self*beta",
+        roles=(Role.TOKEN_PRODUCT,),
+        steps=steps.added_to(torch.bmm),
+        together=("batch1", "batch2"),
+    ),
+    *multilinear(
+        "addbmm",
+        "batch1*batch2*alpha + self*beta",
+        steps=steps.added_to(lambda a, b: torch.bmm(a, b).sum(0)),
+        together=("batch1", "batch2"),
+    ),
+    *multilinear(
+        "addmv",
+        "mat*vec*alpha + self*beta",
+        steps=steps.added_to(torch.mv),
+        together=("mat", "vec"),
+    ),
+    *multilinear(
+        "addr",
+        "vec1*vec2*alpha + self*beta",
+        steps=steps.added_to(torch.outer),
+        together=("vec1", "vec2"),
+    ),
+    *multilinear(
+        "addcmul",
+        "tensor1*tensor2*value + self",
+        steps=steps.added_to(torch.mul),
+        together=("tensor1", "tensor2"),
+    ),
+    *multilinear(
+        "addcdiv",
+        "tensor1/tensor2*value + self",
+        steps=steps.added_to(torch.div),
+        together=("tensor1", "tensor2"),
+    ),
+    *_convolutions(
         """
         conv1d conv1d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input
         conv_transpose3d.input
         """,
-        "input*weight + bias",
-        roles=(Role.WEIGHTED,),
-        reader=readers.bias_of_kernel,
+        Role.WEIGHTED,
     ),
-    *multilinear(
-        "conv2d conv2d.padding convolution",
-        "input*weight + bias",
-        roles=(Role.WINDOW, Role.WEIGHTED),
-        reader=readers.bias_of_kernel,
-    ),
+    *_convolutions("conv2d conv2d.padding convolution", Role.WINDOW, Role.WEIGHTED),
 )
