@@ -19,9 +19,9 @@ from ..edits.kinds import OWN, Prune
 from ..graph.computation import ComputationGraph
 from ..graph.sources import module_path
 from ..operators.algebra import Algebra
-from ..operators.calls import target_name
+from ..operators.calls import Call, target_name
 from ..operators.registry import REGION
-from ..operators.relations import Mode, Relation
+from ..operators.relations import Mode, Relation, polynomial
 from .states import Liveness, State
 
 Value = tuple[str | int, int]
@@ -210,20 +210,37 @@ class Problem:
         if reader.gate == argument and self.policy.secant is not None:
             return self.policy.secant
         cost = self._fixed_cost(name, reader.node(argument))
+        if cost is not None and self.policy.freeze is not None and self._divides(reader, argument):
+            return min(cost, self.policy.freeze)  # as 1/sigma of a norm
         norm = reader.operator.algebra is Algebra.NORMALISER and len(reader.moving) > 1
         if cost is None or not (norm and argument == "input"):
             return cost
         return cost + (self.policy.freeze or 0) + 1
 
+    def _divides(self, reader: Call, argument: str) -> bool:
+        """Whether an operand stands in a denominator, or is one over a value."""
+        relations = polynomial(reader.operator.signature, reader)
+        powers = [p for r in relations or () for t in r.terms for n, p in t if n == argument]
+        call = self._computed_by(reader.node(argument), [])
+        own = polynomial(call.operator.signature, call) if call and call.operator.kind.ruled else ()
+        inverse = [p for r in own or () for t in r.terms for _, p in t]
+        return any(p < 0 for p in powers) or (bool(inverse) and all(p < 0 for p in inverse))
+
     def _fixed_cost(self, name: str, value: fx.Node | None) -> int | None:
-        modules = {module_path(self.graph.nodes[name])}
+        passed: list[fx.Node] = [self.graph.nodes[name]]
+        call = self._computed_by(value, passed)
+        modules = {module_path(node) for node in passed}
+        return Prune.price(self.policy, call.operator if call else None, modules)
+
+    def _computed_by(self, value: fx.Node | None, passed: list[fx.Node]) -> Call | None:
+        """The call that computes a value, past what merely moves it; `passed`: all on the way."""
         while value is not None and (call := self.live.calls.get(value.name)):
-            modules.add(module_path(value))
+            passed.append(value)
             if call.operator.algebra is not Algebra.STRUCTURAL or len(call.moving) != 1:
-                return Prune.price(self.policy, call.operator, modules)
+                return call
             (moved,) = call.moving
             value = call.node(moved)
-        return Prune.price(self.policy, None, modules)
+        return None
 
     @cached_property
     def order(self) -> list[str]:
