@@ -161,6 +161,14 @@ def test_what_another_operation_takes_back_is_not_shown() -> None:
     assert report.complete is None and any("takes back" in n for n in report.notes), str(report)
 
 
+@pytest.mark.parametrize("name", ["function", "forward", "training", "beside"])
+def test_a_module_that_is_closed_over_may_have_any_name(name: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def make({name}):\n    return lambda x: {name}(x)", space)
+    model = space["make"](nn.Linear(5, 5).eval())
+    assert fgt.check_completeness(model, torch.randn(2, 5), beside=()).complete is True
+
+
 def test_compiled_models_and_closures_are_judged() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 2)).eval()
     for given in (lambda x: model(x), partial(model), model.forward, torch.compile(model)):

@@ -32,6 +32,8 @@ class _Function(nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.training = False  # not eval(), which would change the user's modules
+        self.function = function
+        self.forward = _as_forward(function)
         own = {id(module): name for name, module in _modules_of(function)}
         self.beside: set[str] = set()
         """modules that stand beside the function, whose modes are not its matter"""
@@ -41,8 +43,6 @@ class _Function(nn.Module):
             self.add_module(name, module)
             if id(module) not in own:
                 self.beside.add(name)
-        self.function = function
-        self.forward = _as_forward(function)
 
 
 def _modules_of(function: Callable[..., Any]) -> Iterator[tuple[str, nn.Module]]:

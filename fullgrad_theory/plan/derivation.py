@@ -72,7 +72,7 @@ def derive_rules(
     _check_modules(graph, chosen)
     if not before.findings or chosen.idle:
         return _plan(problem, before, before, Edits(), True)
-    whole = spelled(graph, before)
+    whole = spelled(graph, before, chosen)
     if not whole:
         return _search(problem, before, alternatives, effort)
     folded = fold(graph, whole)

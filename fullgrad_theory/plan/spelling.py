@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..edits.costs import Policy
 from ..edits.integrating import Integrate
 from ..edits.secants import Secant
 from ..graph.computation import ComputationGraph
@@ -17,6 +18,7 @@ from ..graph.constants import Constants
 from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..operators.relations import polynomial
+from .attentions import spelled_attentions
 from .exponentials import spelled_exponentials
 from .labelling import Degrees
 from .regions import Moves, Region, is_flag, region_at, regions_at
@@ -27,11 +29,18 @@ RAYS = (0.3, 1.0, 3.0, 8.0)
 STEPS = 512
 
 
-def spelled(graph: ComputationGraph, before: Degrees) -> tuple[Secant | Integrate, ...]:
+def spelled(
+    graph: ComputationGraph, before: Degrees, policy: Policy
+) -> tuple[Secant | Integrate, ...]:
     """The regions that stand for one function each; `before`: the labelling without edits."""
     live = before.live
     constants = Constants(graph, lambda n: live.state(n) is not State.CONSTANT)
-    found: list[Secant | Integrate] = list(spelled_exponentials(graph, before, constants))
+    softmaxes = spelled_exponentials(graph, before, constants)
+    found: list[Secant | Integrate] = [*softmaxes]
+    if policy.integrate is not None and policy.integrate < (policy.prune or 0):
+        attentions = spelled_attentions(graph, before, softmaxes)
+        within = {name for edit in attentions for name in edit.folds}
+        found = [*attentions, *(edit for edit in softmaxes if edit.node not in within)]
     taken: set[str] = {name for edit in found for name in edit.folds}
     gated = {name: _gated(graph, before, name, constants) for name in live.calls}
     apart: set[str] = set().union(*gated.values())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import views
-from ..algebra import Algebra
+from ..algebra import Algebra, Role
 from .row import Table, rows
 
 freezing = rows(Algebra.FREEZING)
@@ -21,15 +21,21 @@ def _only_divides(arguments: Mapping[str, Any]) -> str | None:
 TABLE: Table = (
     *freezing(
         """
-        detach detach_copy sign floor ceil round round.decimals trunc fix heaviside floor_divide
-        floor_divide.Scalar eq.Tensor eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor
-        ge.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar greater.Tensor less.Tensor isclose equal
-        logical_not logical_and logical_or logical_xor bitwise_not bitwise_and.Tensor
-        bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar bitwise_xor.Tensor __and__.Tensor
-        __or__.Tensor isnan isinf isposinf isneginf isfinite signbit argmax argmin argsort
-        argsort.stable one_hot bucketize.Tensor searchsorted.Tensor nonzero argwhere count_nonzero
-        any any.dim all all.dim item _local_scalar_dense
+        detach detach_copy sign floor ceil round round.decimals trunc heaviside eq.Tensor
+        eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar lt.Tensor
+        lt.Scalar le.Tensor le.Scalar equal logical_not logical_and logical_or logical_xor
+        bitwise_not bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor
+        bitwise_or.Scalar bitwise_xor.Tensor isnan isinf isposinf isneginf isfinite signbit
+        argmax argmin argsort argsort.stable one_hot bucketize.Tensor searchsorted.Tensor
+        nonzero argwhere count_nonzero any any.dim all all.dim item _local_scalar_dense
         """
+    ),
+    *freezing(
+        """
+        __and__.Tensor __or__.Tensor greater.Tensor less.Tensor isclose fix floor_divide
+        floor_divide.Scalar
+        """,
+        roles=(Role.POINTWISE,),
     ),
     *freezing("view.dtype", view=views.OF_MEMORY),
     *freezing("div.Tensor_mode div.Scalar_mode", refuses=_only_divides),

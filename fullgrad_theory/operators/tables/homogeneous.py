@@ -31,11 +31,11 @@ def _falls_short(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 TABLE: Table = (
     *homogeneous(
         """
-        relu leaky_relu abs absolute max min median msort max_pool1d max_pool3d hardshrink std
+        relu leaky_relu abs max min median msort max_pool1d max_pool3d hardshrink std
         std.dim std.correction linalg_matrix_norm.str_ord
         """
     ),
-    *homogeneous("prelu", roles=(Role.POINTWISE,)),
+    *homogeneous("prelu absolute", roles=(Role.POINTWISE,)),
     *homogeneous("sgn angle", "self^0"),
     *homogeneous("polar", "abs"),
     *homogeneous("maximum minimum fmax fmin max.other min.other hypot", "self + other"),

@@ -43,11 +43,12 @@ TABLE: Table = (
     *affine("rsub.Scalar rsub.Tensor", "self*alpha + other", roles=(Role.POINTWISE,)),
     *affine(
         """
-        neg negative deg2rad sum mean cumsum trace col2im avg_pool1d avg_pool3d adaptive_avg_pool1d
+        neg deg2rad sum mean cumsum trace col2im avg_pool1d avg_pool3d adaptive_avg_pool1d
         adaptive_avg_pool3d fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2
         fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
         """
     ),
+    *affine("negative", roles=(Role.POINTWISE,)),
     *affine("sum.dim_IntList", roles=(Role.SUM, Role.REDUCTION)),
     *affine("mean.dim", roles=(Role.REDUCTION,)),
     *affine("diff", "self + prepend + append"),
@@ -90,11 +91,13 @@ TABLE: Table = (
         misreads=True,
     ),
     *multilinear(
-        "mul.Tensor mul.Scalar multiply.Tensor vdot inner tensordot linalg_cross kron",
+        "mul.Tensor mul.Scalar vdot inner tensordot linalg_cross kron",
         "self*other",
     ),
     *multilinear("div.Tensor", "self/other", roles=(Role.QUOTIENT,)),
-    *multilinear("div.Scalar divide.Tensor true_divide.Tensor", "self/other"),
+    *multilinear("multiply.Tensor", "self*other", roles=(Role.POINTWISE,)),
+    *multilinear("divide.Tensor", "self/other", roles=(Role.POINTWISE,)),
+    *multilinear("div.Scalar true_divide.Tensor", "self/other"),
     *multilinear("reciprocal", "self^-1"),
     *multilinear("matmul", "self*other", roles=(Role.CONTRACTION, Role.TOKEN_PRODUCT)),
     *multilinear("mm", "self*mat2", roles=(Role.CONTRACTION,)),
