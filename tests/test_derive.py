@@ -309,7 +309,7 @@ BLOCK: dict[str, tuple[list[str], list[str]]] = {
     "libra": (FREEZE + WEIGHTS + GATE, FREEZE + SOFTMAX + GATE),
     "integrated": (
         [*FREEZE, "integrate scaled_dot_product_attention", *GATE],
-        [*FREEZE, "scale matmul by 1/2", "integrate softmax", "scale matmul_1 by 1/2", *GATE],
+        [*FREEZE, "integrate matmul_1 with the 4 nodes it ends", *GATE],
     ),
     "plain": ([], []),
     "attnlrp": (FREEZE + HALVES + GATE, FREEZE + PRODUCTS + GATE),

@@ -406,7 +406,7 @@ LAYERS: dict[str, Layer] = {
         (SEQ,),
     ),
     "cosine similarity": Layer(
-        lambda p, x: F.cosine_similarity(lin(p, x), x, dim=-1), ["prune div_1.other"]
+        lambda p, x: F.cosine_similarity(lin(p, x), x, dim=-1), ["prune div.other"]
     ),
     "dynamic convolution": Layer(dynamic_convolution, ["prune mul.other"], (SEQ,)),
     "linear dynamic convolution": Layer(linear_dynamic_convolution, ["scale mul by 1/2"], (SEQ,)),

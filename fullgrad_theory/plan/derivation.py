@@ -62,8 +62,7 @@ def derive_rules(
             "nothing incomplete; take a complete policy, such as 'libra'"
         )
     graph = graph_of(model, inputs, leaves, unknown)
-    problem = Problem(graph, liveness(graph), chosen)
-    before = degrees(graph, (), problem.live)
+    problem, before = _problem(graph, chosen)
     if not problem.ends:
         raise NoPlanError(
             f"no output of {graph.name} carries gradient: all of them are constant, detached, "
@@ -79,9 +78,15 @@ def derive_rules(
     # a user folds a region in order to have it integrated; this one is an operation with a price
     priced = {e.node: replace(REGION) for e in whole if isinstance(e, Integrate)}
     folded = replace(folded, measured={**folded.measured, **priced})
-    problem = Problem(folded, liveness(folded), chosen)
-    plan = _search(problem, degrees(folded, (), problem.live), alternatives, effort)
+    plan = _search(*_problem(folded, chosen), alternatives, effort)
     return _unfolded(plan, graph, {type(edit)(edit.node): edit for edit in whole})
+
+
+def _problem(graph: ComputationGraph, policy: Policy) -> tuple[Problem, Degrees]:
+    """The problem, and the labelling without edits."""
+    live = liveness(graph)
+    before = degrees(graph, (), live)
+    return Problem(graph, live, policy, before.seen), before
 
 
 def _unfolded(plan: Plan, graph: ComputationGraph, regions: Mapping[Edit, Edit]) -> Plan:

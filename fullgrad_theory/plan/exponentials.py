@@ -113,8 +113,10 @@ def _parts(
         node = max(frontier, key=graph.places.__getitem__)
         if node.name not in before.live.calls or record_of(node) is None:
             return
-        if node.name in before.live.sources:
-            return
+        if node.name in before.live.sources or any(
+            n.op == "get_attr" for n in node.all_input_nodes
+        ):
+            return  # no weight has a part in a softmax
         inside.append(node)
         moving = {n for n in node.all_input_nodes if before.live.state(n) is not State.CONSTANT}
         frontier = (frontier - {node}) | moving

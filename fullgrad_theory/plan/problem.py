@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from math import lcm
 
@@ -126,11 +127,18 @@ class Piece:
 class Problem:
     """A graph as the problem of its nodes, by name, and the pieces it falls into.
 
-    `ends`: the outputs that carry gradient.
+    `ends`: the outputs that carry gradient. `seen`: the degrees that its operands have at a node
+    without an edit.
     """
 
-    def __init__(self, graph: ComputationGraph, live: Liveness, policy: Policy) -> None:
-        self.graph, self.live, self.policy = graph, live, policy
+    def __init__(
+        self,
+        graph: ComputationGraph,
+        live: Liveness,
+        policy: Policy,
+        seen: Mapping[str, Mapping[str, Fraction]],
+    ) -> None:
+        self.graph, self.live, self.policy, self.seen = graph, live, policy, seen
         self.ends = {v.name for v in graph.outputs if live.state(v) is State.LIVE}
 
     @cached_property
@@ -210,17 +218,21 @@ class Problem:
         if reader.gate == argument and self.policy.secant is not None:
             return self.policy.secant
         cost = self._fixed_cost(name, reader.node(argument))
-        if cost is not None and self.policy.freeze is not None and self._divides(reader, argument):
-            return min(cost, self.policy.freeze)  # as 1/sigma of a norm
+        scale = self.policy.scale
+        if cost is not None and scale is not None and self._normalises(name, argument):
+            return min(cost, 2 * scale - 1)  # rather than a scale and its inverse
         norm = reader.operator.algebra is Algebra.NORMALISER and len(reader.moving) > 1
         if cost is None or not (norm and argument == "input"):
             return cost
         return cost + (self.policy.freeze or 0) + 1
 
-    def _divides(self, reader: Call, argument: str) -> bool:
-        """Whether an operand stands in a denominator, or is one over a value."""
-        relations = polynomial(reader.operator.signature, reader)
-        powers = [p for r in relations or () for t in r.terms for n, p in t if n == argument]
+    def _normalises(self, name: str, argument: str) -> bool:
+        """Whether an operand is the denominator of a quotient of degree 0, as a norm is."""
+        reader, seen = self.live.calls[name], self.seen[name]
+        terms = [t for r in polynomial(reader.operator.signature, reader) or () for t in r.terms]
+        if not terms or any(sum(p * seen[n] for n, p in term) for term in terms):
+            return False
+        powers = [p for term in terms for n, p in term if n == argument]
         call = self._computed_by(reader.node(argument), [])
         own = polynomial(call.operator.signature, call) if call and call.operator.kind.ruled else ()
         inverse = [p for r in own or () for t in r.terms for _, p in t]

@@ -117,7 +117,9 @@ class Solved:
                     cost += made.cost
                 elif made.kind == FREE or self.problem.nodes[name].leave is None:
                     obstacles.append(name)
-        return Edits(tuple(edits), cost, tuple(obstacles))
+        place = {name: i for i, name in enumerate(self.problem.graph.nodes)}
+        in_order = sorted(edits, key=lambda edit: place[edit.node])
+        return Edits(tuple(in_order), cost, tuple(sorted(obstacles, key=place.__getitem__)))
 
     def next_best(self, count: int) -> list[tuple[int, ...]]:
         """Which solution each problem takes, by total cost, the best of all left out."""
