@@ -217,6 +217,18 @@ def test_a_soft_codebook_has_a_plan() -> None:
     assert fgt.check_completeness(model, X, policy="libra", beside=()).complete is True
 
 
+def test_what_has_another_gradient_than_a_softmax_is_none() -> None:
+    """Its value is a softmax's, and its sum carries no gradient."""
+
+    def model(x: Tensor) -> Tensor:
+        powers = W(x).exp()
+        return V(powers / powers.sum(-1, keepdim=True).detach())
+
+    plan = fgt.derive_rules(model, X)
+    assert not any(isinstance(edit, fgt.Integrate) for edit in plan), str(plan)
+    assert fgt.check_completeness(model, X, policy="libra", beside=()).complete is True
+
+
 @pytest.mark.parametrize("name", SPELLED)
 def test_is_complete_under_its_plan(name: str) -> None:
     report = fgt.check_completeness(

@@ -34,6 +34,7 @@ FUNCTIONAL = "tests/test_functionalise.py"
 INTEGRATE = "tests/test_integrate.py"
 TRAPS = "tests/test_traps.py"
 SPELLED = "tests/test_one_function.py"
+WHOLE = "tests/test_spelled_out.py"
 LIARS = "tests/test_liars.py"
 HEADS = "tests/test_heads.py"
 OWN = "tests/test_own.py"
@@ -336,4 +337,21 @@ MUTANTS: tuple[Mutant, ...] = (
            'return torch.view_as_real(value.resolve_conj()) if is_complex else value', 'return value.real if is_complex else value', (MEASURED,)),
     Mutant("a cotangent lies as it comes", FORWARD, "edits/writing.py",
            'if record is None or not record.misreads:', 'if True:', (TRAPS,)),
+    # ------------------------------------------------------------------ one function, one verdict
+    Mutant("a softmax is known by its value alone", SEARCH, "plan/exponentials.py",
+           'return bool(((wanted - slope).abs() <= CLOSE * (1.0 + slope.abs())).all())', 'return True', (SPELLED,)),
+    Mutant("softmaxes are taken apart", SEARCH, "plan/exponentials.py",
+           'if len(part.entries) == 1 and _is_softmax(part):', 'if False:', (WHOLE,)),
+    Mutant("attentions are taken apart", SEARCH, "plan/spelling.py",
+           'policy.integrate < (policy.prune or 0)', 'False', (WHOLE,)),
+    Mutant("a kernel has the bits of its steps", FORWARD, "operators/steps.py",
+           'return _Bits.apply(kernel.detach(), made)', 'return made', ("tests/test_steps.py",)),
+    Mutant("a sum keeps its product", SEARCH, "graph/normal.py",
+           'return all(arguments.get(name) in moving for name in record.together)', 'return False', (WHOLE,)),
+    Mutant("what holds at one point is not hit", LIVENESS, "plan/jumps.py",
+           'if bool(((before != after) | (here != before) | turn.isnan()).all()):', 'if True:', (SPELLED,)),
+    Mutant("a divisor is scaled and scaled back", SEARCH, "plan/problem.py",
+           'return any(p < 0 for p in powers) or (bool(inverse) and all(p < 0 for p in inverse))', 'return False', (WHOLE,)),
+    Mutant("plans follow the order of evaluation", SEARCH, "plan/problem.py",
+           'return [node.name for node in found]', 'return [*self.graph.nodes]', (WHOLE,)),
 )  # fmt: skip
