@@ -88,3 +88,27 @@ def test_a_kernel_has_the_gradient_that_its_parts_have() -> None:
         (a,), (b,) = (torch.autograd.grad(y.sum(), x) for y in (fused, parts))
         torch.testing.assert_close(a, b)
         assert bool(a.any())
+
+
+def test_a_summand_without_a_part_is_left_out() -> None:
+    """As in attention by baddbmm, whose first operand is memory that nobody wrote."""
+    made = steps.added_to(torch.bmm)(
+        torch.full((1, 2, 2), torch.nan), *torch.ones(2, 1, 2, 2), beta=0, alpha=0.5
+    )
+    assert torch.equal(made, torch.ones(1, 2, 2))
+
+
+def test_weights_made_of_a_kernel_move() -> None:
+    ones = torch.ones(4, dtype=torch.float64)
+
+    def model(x: Tensor) -> Tensor:
+        return F.linear(x, F.glu(torch.cat([x, x], -1), -1), ones)
+
+    def parts(x: Tensor) -> Tensor:
+        return F.linear(x, F.glu(torch.cat([x, x], -1), -1)) + ones
+
+    x = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    (a,), (b,) = (
+        torch.autograd.grad(fgt.balance(f, x.detach())(x).sum(), x) for f in (model, parts)
+    )
+    torch.testing.assert_close(a, b)

@@ -347,7 +347,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a kernel has the bits of its steps", FORWARD, "operators/steps.py",
            'return _Bits.apply(kernel.detach(), made)', 'return made', ("tests/test_steps.py",)),
     Mutant("a sum keeps its product", SEARCH, "graph/normal.py",
-           'return all(arguments.get(name) in moving for name in record.together)', 'return False', (WHOLE,)),
+           'return all(_depends(arguments.get(name)) for name in record.together)', 'return False', (WHOLE,)),
     Mutant("what holds at one point is not hit", LIVENESS, "plan/jumps.py",
            'if bool(((before != after) | (here != before) | turn.isnan()).all()):', 'if True:', (SPELLED,)),
     Mutant("a divisor is scaled and scaled back", SEARCH, "plan/problem.py",

@@ -52,9 +52,7 @@ def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> No
     if missing:
         raise PlanError(f"the region of {edit.node} is not of this graph: {', '.join(missing[:5])}")
     inside = [n for n in module.graph.nodes if n.name in {edit.node, *edit.folds}]
-    order = list(module.graph.nodes)
-    between = order[order.index(inside[0]) : order.index(inside[-1])]
-    if any(n.target in (enter_autocast, leave_autocast) for n in between):
+    if crosses_autocast(module.graph, inside):
         raise PlanError(f"the region of {edit.node} enters or leaves autocast: take one within it")
     graph_of_region = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -74,6 +72,14 @@ def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> No
     for node in reversed(inside):
         if node is not leaving and not node.users:  # what others read as well stays beside it
             module.graph.erase_node(node)
+
+
+def crosses_autocast(graph: fx.Graph, inside: Collection[fx.Node]) -> bool:
+    """Whether autocast begins or ends between the first and the last of these nodes."""
+    order = list(graph.nodes)
+    places = [order.index(node) for node in inside]
+    between = order[min(places) : max(places)]
+    return any(node.target in (enter_autocast, leave_autocast) for node in between)
 
 
 def exits(inside: Collection[fx.Node]) -> list[fx.Node]:

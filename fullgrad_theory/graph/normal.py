@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,16 +148,13 @@ def unroll(module: fx.GraphModule) -> None:
     """Replace what is `opened` on its device by the calls that torch makes for it, and what nobody
     registered where torch makes it of calls that are known."""
     mode = fake_mode(module.graph)
-    moving: set[fx.Node] = set()
     for node in list(module.graph.nodes):
-        if node.op == "placeholder" or moving & {*node.all_input_nodes}:
-            moving.add(node)
         if mode is None or node.op != "call_function":
             continue
         record = lookup(target_name(node.target))
         if record is not None and _opens(record, node):
             _splice(module, node, *_steps(node, mode, record.algebra is not Algebra.COMPOSITE))
-        elif record is not None and record.steps is not None and _moves(record, node, moving):
+        elif record is not None and record.steps is not None and _moves(record, node):
             _write_beside(module, node, record.steps, mode)
         elif record is None and _is_made_of_others(node.target):
             try:
@@ -169,17 +166,31 @@ def unroll(module: fx.GraphModule) -> None:
                 _splice(module, node, steps, given)
 
 
-def _moves(record: Operator, node: fx.Node, moving: Collection[fx.Node]) -> bool:
+def _moves(record: Operator, node: fx.Node) -> bool:
     """Whether all the operands that have to depend on the input do."""
-    arguments = bind(node)
-    return all(arguments.get(name) in moving for name in record.together)
+    arguments = bind(node) if record.together else {}
+    return all(_depends(arguments.get(name)) for name in record.together)
+
+
+def _depends(value: Any) -> bool:
+    """Whether an input is behind a value."""
+    behind = dict.fromkeys([value] if isinstance(value, fx.Node) else [])
+    for node in (queue := list(behind)):
+        if node.op == "placeholder":
+            return True
+        queue += [n for n in node.all_input_nodes if n not in behind]
+        behind |= dict.fromkeys(node.all_input_nodes)
+    return False
 
 
 def _write_beside(
     module: fx.GraphModule, node: fx.Node, steps: Callable[..., Any], mode: Any
 ) -> None:
     """The steps of a kernel before it, and from there on its value with their gradient."""
-    made_of, given = _traced(steps, node, mode, True)
+    try:
+        made_of, given = _traced(steps, node, mode, True)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
+        return  # arguments that the steps do not know: it stays one operation
     if [n.target for n in _calls(made_of)] == [node.target]:  # a linear layer without a bias
         return
     made = _written(module, node, made_of, given)

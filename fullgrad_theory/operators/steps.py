@@ -58,8 +58,10 @@ def glu(self: Tensor, dim: int = -1) -> Tensor:
 def and_bias(op: str) -> Callable[..., Tensor]:
     """A linear layer or a convolution, and then its bias."""
 
-    def layer(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
-        made: Tensor = overload(op)(input, weight, None, *rest)
+    def layer(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any
+    ) -> Tensor:
+        made: Tensor = overload(op)(input, weight, None, *rest, **named)
         if bias is None:
             return made
         return made + bias.reshape(-1, *[1] * max(weight.dim() - 2, 0))
@@ -81,6 +83,8 @@ def added_to(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tenso
     ) -> Tensor:
         made = product(one, other)
         made = made if alpha * value == 1 else made * (alpha * value)
+        if beta == 0:  # what is in it then does not matter, be it NaN
+            return made
         return made + (self if beta == 1 else self * beta)
 
     return added

@@ -70,11 +70,12 @@ class _Part:
         """Values to run it on."""
         generator = torch.Generator().manual_seed(0)
         for size in SIZES:
-            shapes = [hinted(v) for n in self.entries if (v := tensor_value(n)) is not None]
-            yield [
-                (size * torch.randn(s, generator=generator, dtype=torch.float64)).requires_grad_()
-                for s in shapes
-            ]
+            drawn = []
+            for like in map(tensor_value, self.entries):
+                assert like is not None
+                u = torch.randn(hinted(like), generator=generator, dtype=torch.float64)
+                drawn.append((size * u).to("cpu" if like.is_meta else like.device).requires_grad_())
+            yield drawn
 
 
 def _whole(
@@ -120,7 +121,8 @@ def _parts(
         inside.append(node)
         moving = {n for n in node.all_input_nodes if before.live.state(n) is not State.CONSTANT}
         frontier = (frontier - {node}) | moving
-        if all(is_float(n) and before.live.state(n) is State.LIVE for n in frontier):
+        live = all(is_float(n) and before.live.state(n) is State.LIVE for n in frontier)
+        if live and all(tensor_value(n) is not None for n in frontier):  # else a list of them
             entries = tuple(sorted(frontier, key=graph.places.__getitem__))
             yield _Part(exit, entries, tuple(reversed(inside)), constants)
 
@@ -166,7 +168,7 @@ def _agree(form: Tensor, y: Tensor, u: Tensor, slope: Tensor) -> bool:
 
 
 def _cotangent(y: Tensor) -> Tensor:
-    return torch.cos(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)
+    return torch.cos(torch.arange(y.numel(), dtype=y.dtype, device=y.device)).reshape(y.shape)
 
 
 def _is_integral(part: _Part) -> bool:

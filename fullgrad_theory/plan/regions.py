@@ -55,7 +55,8 @@ class Region:
         """0, of as many dimensions as the entry has; constants may broadcast it."""
         value = tensor_value(self.entry)
         assert value is not None
-        return torch.zeros([1] * value.dim(), dtype=torch.float64)
+        device = "cpu" if value.is_meta else value.device
+        return torch.zeros([1] * value.dim(), dtype=torch.float64, device=device)
 
 
 def region_at(

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..edits.costs import Policy
+from ..edits.folding import crosses_autocast
 from ..edits.integrating import Integrate
 from ..edits.secants import Secant
 from ..graph.computation import ComputationGraph
@@ -55,7 +56,12 @@ def spelled(
         inside = [n.name for n in region.inside]
         taken |= {*inside}
         found.append(Secant(name, tuple(inside), origin))
-    return tuple(sorted(found, key=lambda edit: graph.places[graph.nodes[edit.node]]))
+    whole = [
+        edit
+        for edit in found
+        if not crosses_autocast(graph.fx.graph, [graph.nodes[n] for n in (edit.node, *edit.folds)])
+    ]
+    return tuple(sorted(whole, key=lambda edit: graph.places[graph.nodes[edit.node]]))
 
 
 def _curves(before: Degrees, name: str) -> bool:

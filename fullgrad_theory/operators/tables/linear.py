@@ -29,7 +29,7 @@ def _convolutions(names: str, *roles: Role) -> Table:
             roles=roles,
             reader=readers.bias_of_kernel,
             steps=steps.and_bias(aten_name(name)),
-            together=("input", "weight"),
+            together=("weight", "input"),
         )
         for name in names.split()
     )
@@ -114,7 +114,7 @@ TABLE: Table = (
         roles=(Role.LINEAR, Role.WEIGHTED),
         reader=readers.bias_of_last,
         steps=steps.and_bias("aten.linear.default"),
-        together=("input", "weight"),
+        together=("weight", "input"),
     ),
     *multilinear("bilinear", "input1*input2*weight + bias", roles=(Role.WEIGHTED,)),
     # a product of live values is scaled by itself, not with what it is added to
