@@ -530,7 +530,8 @@ class Tracker:
     def _origin(
         self, node: fx.Node, bounds: list[Bound], item: int
     ) -> list[tuple[str, list[Tensor]]]:
-        """f(0) of a rule that integrates from zero: the call with its live operands at zero."""
+        """f(0) of a rule that integrates from zero: the call with its live operands at zero, but
+        for the infinite entries, which are a mask's and stay."""
         if node.name not in self.from_zero:
             return []
         moving = [
@@ -538,7 +539,10 @@ class Tracker:
             for p in bounds[0].places
             if p.node is not None and any(self.live[p.node]) and is_real(p.value)
         ]
-        made = [b.run({i: torch.zeros_like(b.leaves[i]) for i in moving}) for b in bounds]
+        made = [
+            b.run({i: torch.where(b.leaves[i].isinf(), b.leaves[i], 0.0) for i in moving})
+            for b in bounds
+        ]
         return [("f(0)", [_outputs(m)[item].detach() for m in made])]
 
 
