@@ -238,6 +238,19 @@ def test_the_judge_is_told_which_calls_integrate_from_zero(
     assert not evaluate(module, points)[0].complete
 
 
+def test_the_judge_keeps_what_a_mask_made_infinite() -> None:
+    mask = torch.tensor([[True, False, True]])
+
+    def model(x: Tensor) -> Tensor:
+        return torch.where(mask, x, -torch.inf).logsumexp(-1)
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    graph = fgt.trace(model, x)
+    plan = fgt.derive_rules(graph)
+    module, starts = fgt.balance(graph, policy=plan).fx, properties.from_zero(plan)
+    assert evaluate(module, [(x,), (1.25 * x,)], from_zero=starts)[0].complete
+
+
 @pytest.mark.slow
 def test_a_fault_in_the_library_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate that is off by a hundredth: the campaign meets it, shrinks it and says which edit."""
