@@ -241,7 +241,7 @@ def test_the_judge_is_told_which_calls_integrate_from_zero(
 def test_the_judge_keeps_what_a_mask_made_infinite() -> None:
     mask = torch.tensor([[True, False, True]])
 
-    def model(x: Tensor) -> Tensor:
+    def model(x: torch.Tensor) -> torch.Tensor:
         return torch.where(mask, x, -torch.inf).logsumexp(-1)
 
     x = torch.randn(2, 3, dtype=torch.float64)
