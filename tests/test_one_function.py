@@ -114,6 +114,8 @@ OPAQUE: dict[str, Function] = {
     "a step to a constant": lambda x: torch.where(x > 1, 2.0, x),
     "a small step to a parameter": lambda x: torch.where(x > P, P + 1e-3, x),
     "one place": lambda x: torch.where(x == 0, 2.0, x),
+    "a step of a millionth, far out": lambda x: torch.where(x > 10, x + 1e-6, x) + x.relu() + 20,
+    "a steep step": lambda x: torch.where(x > 0.1, 1e3 * x + 1e-5, 1e3 * x),
     "one place off zero": lambda x: torch.where(x - 0.3 == 0, 2.0, x),
     "one place, by not": lambda x: torch.where((x - 0.3).logical_not(), 2.0, x),
     "steps behind a condition": lambda x: torch.where(x > 0, x + x.floor(), x),
@@ -227,6 +229,25 @@ def test_what_has_another_gradient_than_a_softmax_is_none() -> None:
     plan = fgt.derive_rules(model, X)
     assert not any(isinstance(edit, fgt.Integrate) for edit in plan), str(plan)
     assert fgt.check_completeness(model, X, policy="libra", beside=()).complete is True
+
+
+STEPS: dict[str, Function] = {
+    "a choice": lambda x: torch.where(x > 0.1, x.sigmoid() + 1e-5, x.sigmoid()),
+    "a low threshold": lambda x: torch.where(x > 5, x, torch.log1p(x.exp())),
+    "a logarithm": lambda x: torch.log(1 + x.exp() + 1e-4 * (x > 0.2)),
+    "a sum of powers": lambda x: torch.where(x > 0.2, x.exp() + 1e-4, x.exp()).sum(-1).log(),
+    "a hole": lambda x: torch.where(x == 0, 1.001, torch.sin(x) / x),
+    "a rounding": lambda x: torch.log(1 + torch.round(x, decimals=5).exp()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_no_whole_hides_a_step(name: str) -> None:
+    for policy in ("libra", "integrated"):
+        report = fgt.check_completeness(
+            lambda x: 3 * STEPS[name](W(x)), X, policy=policy, beside=()
+        )
+        assert report.complete is False, str(report)
 
 
 @pytest.mark.parametrize("name", SPELLED)

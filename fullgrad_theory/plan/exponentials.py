@@ -18,6 +18,7 @@ from ..graph.computation import ComputationGraph, is_float, tensor_value
 from ..graph.constants import Constants, hinted
 from ..operators.algebra import Algebra
 from ..operators.registry import record_of
+from .jumps import steps_of
 from .labelling import Degrees
 from .regions import is_pointwise
 from .states import State
@@ -173,7 +174,9 @@ def _cotangent(y: Tensor) -> Tensor:
 
 def _is_integral(part: _Part) -> bool:
     """Whether f(0) is finite, and what f gains along rays from there is the integral of its
-    gradient."""
+    gradient; no step is in it, which so coarse a sum would not see."""
+    if steps_of(part.inside):
+        return False
     for values in part.drawn():
         origin = part(*(torch.zeros_like(v) for v in values))
         if not bool(torch.isfinite(origin).all()):

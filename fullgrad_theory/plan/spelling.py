@@ -21,6 +21,7 @@ from ..operators.calls import Call
 from ..operators.relations import polynomial
 from .attentions import spelled_attentions
 from .exponentials import spelled_exponentials
+from .jumps import is_continuous
 from .labelling import Degrees
 from .regions import Moves, Region, is_flag, region_at, regions_at
 from .states import State
@@ -137,7 +138,8 @@ def _origin(region: Region) -> float | None:
     try:
         origin = region(region.zero)
         ends = [side * length for length in RAYS for side in (-1.0, 1.0)]
-        sound = bool(torch.isfinite(origin).all()) and all(_is_integral(region, e) for e in ends)
+        sound = bool(torch.isfinite(origin).all()) and is_continuous(region)
+        sound = sound and all(_is_integral(region, end) for end in ends)
     except (RuntimeError, ValueError, TypeError):
         return None
     (first,) = origin.flatten()[:1].tolist()
