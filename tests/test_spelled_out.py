@@ -249,6 +249,9 @@ FUSED: dict[str, tuple[Function, dict[str, Function]]] = {
     "lerp": (lambda x: torch.lerp(x, x.flip(-1), 0.3), {
         "parts": lambda x: x + 0.3 * (x.flip(-1) - x),
     }),
+    "lerp by a weight that moves": (lambda x: torch.lerp(W, P, x), {
+        "parts": lambda x: W + x * (P - W),
+    }),
     "mean": (lambda x: over(x, lambda x: x.mean(-1, keepdim=True)), {
         "sum": lambda x: over(x, lambda x: x.sum(-1, keepdim=True) / 6),
         "pooling": lambda x: over(x, lambda x: F.adaptive_avg_pool1d(x[None], 1)[0]),

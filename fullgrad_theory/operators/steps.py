@@ -55,6 +55,10 @@ def glu(self: Tensor, dim: int = -1) -> Tensor:
     return value * gate.sigmoid()
 
 
+def lerp(self: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    return self + weight * (end - self)
+
+
 def and_bias(op: str) -> Callable[..., Tensor]:
     """A linear layer or a convolution, and then its bias."""
 

@@ -65,7 +65,10 @@ class _Part:
         for node in self.inside:
             args, kwargs = fx.map_arg((node.args, node.kwargs), read)
             found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return found[self.exit].double()
+        made: Tensor = found[self.exit]
+        if made.is_complex():
+            raise ValueError("a softmax of complex values is none")
+        return made.double()
 
     def drawn(self) -> Iterator[list[Tensor]]:
         """Values to run it on."""

@@ -171,6 +171,8 @@ class Problem:
             modes += [(mode, cost)] if cost is not None else []
         # the only edge into a node that is read once: pruning the reader's edge is the same
         meets = sum(value is not None for value in read.values()) > 1 or uses != 1
+        # the edges of a region are none of the graph that it is folded from
+        meets = meets and call.operator.name != REGION.name
         return NodeProblem(
             tuple(modes),
             tuple(

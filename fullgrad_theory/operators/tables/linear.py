@@ -78,7 +78,8 @@ TABLE: Table = (
     ),
     *affine("grid_sampler grid_sampler_2d", "input"),
     *affine("affine_grid_generator", "theta"),
-    *affine("lerp.Scalar lerp.Tensor", "self + end"),
+    *affine("lerp.Scalar", "self + end"),
+    *affine("lerp.Tensor", "self + end", steps=steps.lerp, together=("weight",)),
     *affine(
         "batch_norm",
         "input*weight + running_mean*weight + bias",
