@@ -117,6 +117,7 @@ OPAQUE: dict[str, Function] = {
     "a step of a millionth, far out": lambda x: torch.where(x > 10, x + 1e-6, x) + x.relu() + 20,
     "a steep step": lambda x: torch.where(x > 0.1, 1e3 * x + 1e-5, 1e3 * x),
     "one place off zero": lambda x: torch.where(x - 0.3 == 0, 2.0, x),
+    "one place that is hard to hit": lambda x: torch.where(0.1 * x - 0.7 == 0, 2.0, x),
     "one place, by not": lambda x: torch.where((x - 0.3).logical_not(), 2.0, x),
     "steps behind a condition": lambda x: torch.where(x > 0, x + x.floor(), x),
     "the rest of a number": torch.frac,
