@@ -51,11 +51,13 @@ BITS = Operator(
 
 
 def glu(self: Tensor, dim: int = -1) -> Tensor:
+    """aten.glu: the first half along `dim` times the sigmoid of the second."""
     value, gate = self.chunk(2, dim)
     return value * gate.sigmoid()
 
 
 def lerp(self: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    """aten.lerp.Tensor, affine in its weight: `self` is the bias leaf then."""
     return self + weight * (end - self)
 
 
@@ -102,6 +104,7 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """aten.lstm_cell: h and c of (batch, hidden), by the formula of torch.nn.LSTMCell."""
     h, c = hx
     i, f, g, o = (linear(input, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -116,6 +119,7 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
+    """aten.gru_cell: h of (batch, hidden), by the formula of torch.nn.GRUCell."""
     r, z, n = linear(input, w_ih, b_ih).chunk(3, -1)
     by_r, by_z, by_n = linear(hx, w_hh, b_hh).chunk(3, -1)
     n = (n + (by_r + r).sigmoid() * by_n).tanh()

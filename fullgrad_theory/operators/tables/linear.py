@@ -4,13 +4,15 @@ A factor that is constant is a coefficient; a monomial that is constant is a bia
 in no monomial (a sampling grid, an interpolation weight) must be seen at degree 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import readers, steps
 from ..algebra import Algebra, Role
+from ..relations import signature_names
 from .row import Table, aten_name, rows
 
 affine = rows(Algebra.AFFINE)
@@ -19,6 +21,15 @@ multilinear = rows(Algebra.MULTILINEAR)
 
 def _mixes_the_batch(arguments: Mapping[str, Any]) -> str | None:
     return "batch norm in training mode mixes the batch" if arguments["training"] else None
+
+
+def _added(
+    name: str, signature: str, product: Callable[..., Tensor], roles: Collection[Role] = ()
+) -> Table:
+    """A product of the first two operands that the signature names, added to something."""
+    together = signature_names(signature)[:2]
+    made = steps.added_to(product)
+    return multilinear(name, signature, roles=roles, steps=made, together=together)
 
 
 def _convolutions(names: str, *roles: Role) -> Table:
@@ -119,49 +130,13 @@ TABLE: Table = (
     ),
     *multilinear("bilinear", "input1*input2*weight + bias", roles=(Role.WEIGHTED,)),
     # a product of live values is scaled by itself, not with what it is added to
-    *multilinear(
-        "addmm",
-        "mat1*mat2*alpha + self*beta",
-        steps=steps.added_to(torch.mm),
-        together=("mat1", "mat2"),
-    ),
-    *multilinear(
-        "baddbmm",
-        "batch1*batch2*alpha + self*beta",
-        roles=(Role.TOKEN_PRODUCT,),
-        steps=steps.added_to(torch.bmm),
-        together=("batch1", "batch2"),
-    ),
-    *multilinear(
-        "addbmm",
-        "batch1*batch2*alpha + self*beta",
-        steps=steps.added_to(lambda a, b: torch.bmm(a, b).sum(0)),
-        together=("batch1", "batch2"),
-    ),
-    *multilinear(
-        "addmv",
-        "mat*vec*alpha + self*beta",
-        steps=steps.added_to(torch.mv),
-        together=("mat", "vec"),
-    ),
-    *multilinear(
-        "addr",
-        "vec1*vec2*alpha + self*beta",
-        steps=steps.added_to(torch.outer),
-        together=("vec1", "vec2"),
-    ),
-    *multilinear(
-        "addcmul",
-        "tensor1*tensor2*value + self",
-        steps=steps.added_to(torch.mul),
-        together=("tensor1", "tensor2"),
-    ),
-    *multilinear(
-        "addcdiv",
-        "tensor1/tensor2*value + self",
-        steps=steps.added_to(torch.div),
-        together=("tensor1", "tensor2"),
-    ),
+    *_added("addmm", "mat1*mat2*alpha + self*beta", torch.mm),
+    *_added("baddbmm", "batch1*batch2*alpha + self*beta", torch.bmm, roles=(Role.TOKEN_PRODUCT,)),
+    *_added("addbmm", "batch1*batch2*alpha + self*beta", lambda a, b: torch.bmm(a, b).sum(0)),
+    *_added("addmv", "mat*vec*alpha + self*beta", torch.mv),
+    *_added("addr", "vec1*vec2*alpha + self*beta", torch.outer),
+    *_added("addcmul", "tensor1*tensor2*value + self", torch.mul),
+    *_added("addcdiv", "tensor1/tensor2*value + self", torch.div),
     *_convolutions(
         """
         conv1d conv1d.padding conv3d conv3d.padding conv_transpose1d conv_transpose2d.input
