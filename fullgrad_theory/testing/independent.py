@@ -51,6 +51,8 @@ class Local:
     error: float
     leaves: tuple[str, ...] = ()
     added: tuple[Tensor, ...] = ()
+    nearest: float = 0.0
+    """the multiple that fits best, whether or not it is one"""
 
 
 @dataclass
@@ -298,6 +300,8 @@ class Tracker:
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
         here = max((_gap(t, v) for t, v in zip(tangents, values, strict=True)), default=0.0)
         here = min(here, least * 2 * max(map(_top, values)))
+        off = [_gap(t, found.nearest * v) for t, v in zip(tangents, values, strict=True)]
+        here = min(here, max(off, default=0.0))
         self._refuse_inherited(node, bounds, item, here)
         self._refuse_noise(bounds, item, values)
         self._refuse_jumps(node, bounds, item)
@@ -788,7 +792,7 @@ def multiple(tangents: Sequence[Tensor], values: Sequence[Tensor]) -> Local:
         return Local(0.0, 0.0)
     degree = above / below if below else 0.0
     error = distance(tangents, values, degree)
-    return Local(degree if error < TOLERANCE else None, error)
+    return Local(degree if error < TOLERANCE else None, error, nearest=degree)
 
 
 # --------------------------------------------------------------------------- the whole
