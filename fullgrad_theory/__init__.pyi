@@ -5,6 +5,9 @@ from .backward.balanced import Balanced as Balanced
 from .backward.balanced import balance as balance
 from .backward.contributions import FullGrad as FullGrad
 from .backward.contributions import fullgrad as fullgrad
+from .backward.targets import Target as Target
+from .backward.targets import contrast as contrast
+from .backward.targets import softmax_weighted as softmax_weighted
 from .check.completeness import assert_complete as assert_complete
 from .check.completeness import check_completeness as check_completeness
 from .check.report import EndToEnd as EndToEnd

@@ -48,6 +48,13 @@ class Balanced(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.arranged(args, kwargs)
+        return self.fx(*args, **kwargs)
+
+    def arranged(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the graph takes them; raises `InputError` where they do not fit it."""
         args, kwargs = self._as_traced(args, kwargs)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for given, wanted in zip(tensors, self._shapes, strict=False):
@@ -60,7 +67,7 @@ class Balanced(nn.Module):
                     f"this model was balanced for inputs of shape {shape}, got "
                     f"{tuple(given.shape)}; call balance() again with inputs of that shape"
                 )
-        return self.fx(*args, **kwargs)
+        return args, kwargs
 
     def _as_traced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

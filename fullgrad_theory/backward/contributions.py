@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..graph.computation import ComputationGraph, tensor_value
 from ..graph.door import Inputs, Model, split_inputs
 from ..operators.algebra import Algebra
-from ..operators.calls import Call
+from ..operators.calls import Call, is_ray
 from ..plan.labelling import Degrees, degrees
 from .balanced import Balanced, balance
 from .running import Run, finite_products
+from .samples import Samples, first_not_finite, samples_of
+from .targets import Chosen, Target, resolve
 
 
 @dataclass(frozen=True)
 class FullGrad:
     """Contributions to the target. `input`: of the inputs' shape (a tuple where there are several);
     `biases`: leaf -> map of the shape of the node it enters; `output`, `total`, `error` (relative)
-    have shape (batch,), or () where the batch dimension is not open."""
+    have shape (samples,), or () where all that is given is one sample: then `batch` is None.
+
+    `batch`: the dimension of the output that holds the samples.
+    """
 
     input: Tensor | tuple[Tensor, ...]
     biases: Mapping[str, Tensor]
     output: Tensor
     total: Tensor
+    batch: int | None = 0
+
+    @property
+    def samples(self) -> int:
+        """How many samples were told apart; 1 where they meet, or where there is no batch."""
+        return self.output.numel()
 
     @property
     def error(self) -> Tensor:
@@ -39,35 +52,103 @@ class FullGrad:
 
 @torch.inference_mode(False)
 def fullgrad(
-    model: Model | Balanced, inputs: Inputs = None, target: int | Sequence[int] | None = None
+    model: Model | Balanced,
+    inputs: Inputs = None,
+    target: Target = None,
+    *,
+    batch: int | Literal["auto"] | None = "auto",
 ) -> FullGrad:
     """Split an output into contributions of input and bias leaves (Srinivas & Fleuret 2019).
 
-    `model`: a balanced model, or any model for its plain gradient. `target`: an index (or one a
-    dimension) into the output behind the batch dimension, for all samples; None: the largest.
-    Raises `InputError` for a target out of range.
+    `model`: a balanced model, or any model for its plain gradient. `target`: see `Target`; None is
+    the largest entry of each sample. `batch`: the dimension of the inputs that holds samples; by
+    default it is looked for, and where samples meet the whole is one; None says that it is. Of a
+    complex output the real part is split. Raises `InputError` and `NonFiniteError`.
     """
     balanced = model if isinstance(model, Balanced) else balance(model, inputs, "plain")
     graph = balanced.graph
     if graph is None:
         raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
-    args, kwargs = split_inputs(graph.model, inputs)
-    labels = degrees(graph, balanced.plan.edits)
-    batch_dims = {key: _batch_dim(graph, *at) for key, at in _leaf_places(graph, labels).items()}
-    size = next(t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-    if graph.dynamic and size > 1 and None in batch_dims.values():
-        parts = []
-        for index in range(size):
-            one, named = _sample(args, kwargs, index)
-            parts.append(_split(balanced.fx, graph, labels, one, named, target, batch_dims))
-        return _join(parts)
-    return _split(balanced.fx, graph, labels, args, kwargs, target, batch_dims)
+    args, kwargs = balanced.arranged(*split_inputs(graph.model, inputs))
+    split = _splitting(balanced, graph, batch)
+    if batch == "auto" and split.samples.output and _names_the_whole(target, graph):
+        split = _splitting(balanced, graph, None)
+    flat = pytree.tree_leaves((args, kwargs))
+    size = next((t.shape[0] for t in flat if isinstance(t, Tensor) and t.dim()), 1)
+    if size > 1 and split.wants_slices:
+        with torch.no_grad():
+            chosen = split.resolved(split.output(split.module(*args, **kwargs)), target)
+        slices = [pytree.tree_map_only(Tensor, _nth(k), flat) for k in range(size)]
+        return _join([_split(split, one, chosen.sample(k)) for k, one in enumerate(slices)])
+    return _split(split, flat, target)
 
 
-def _sample(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return pytree.tree_map_only(Tensor, lambda t: t[index : index + 1], (args, kwargs))
+def _names_the_whole(target: Target, graph: ComputationGraph) -> bool:
+    """Whether a target has one index for each dimension of the output, the batch among them: where
+    that is not the first, it was not meant as one."""
+    value = tensor_value(graph.outputs[0])
+    return isinstance(target, tuple) and value is not None and len(target) == value.dim() > 0
+
+
+@dataclass(frozen=True)
+class _Splitting:
+    """What is known of a balanced model before it runs. `places`: leaf -> the node that it enters,
+    and which of its outputs."""
+
+    module: fx.GraphModule
+    graph: ComputationGraph
+    labels: Degrees
+    samples: Samples
+    places: Mapping[str, tuple[str, int]]
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether every contribution has the samples in a dimension of its own."""
+        known = self.samples.nodes.keys() >= set(self.places.values())
+        return known and None not in self.samples.sources.values()
+
+    @property
+    def wants_slices(self) -> bool:
+        """Whether samples are run one by one: where they do not tell apart, and can be."""
+        first = {0, self.samples.output} | {*self.samples.sources.values()}
+        return self.graph.dynamic and first == {0} and not self.tells_apart
+
+    def output(self, made: Any) -> Tensor:
+        """The first floating-point tensor of what the graph returns."""
+        return next(t for t in pytree.tree_leaves(made) if is_ray(t))
+
+    def resolved(self, output: Tensor, target: Target | Chosen) -> Chosen:
+        if isinstance(target, Chosen):
+            return target
+        if callable(target) and not isinstance(target, Tensor):
+            function = target
+            return resolve(lambda front: function(self.samples.back(front)), self.front(output))
+        return resolve(target, self.front(output))
+
+    def front(self, output: Tensor) -> Tensor:
+        return self.samples.front(output)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Balanced, dict[Any, _Splitting]] = weakref.WeakKeyDictionary()
+
+
+def _splitting(balanced: Balanced, graph: ComputationGraph, batch: Any) -> _Splitting:
+    """Found once a balanced model: it runs the graph some times."""
+    known = _KNOWN.setdefault(balanced, {})
+    if batch not in known:
+        if not (batch is None or batch == "auto" or isinstance(batch, int)):
+            raise InputError(f"batch is a dimension, None or 'auto', not {batch!r}")
+        labels = degrees(graph, balanced.plan.edits)
+        places = {k: at for k, at in _leaf_places(graph, labels).items() if at[0] in labels.alive}
+        watched = [name for name, _ in places.values()]
+        sources = [name for name in labels.live.sources if name in labels.alive]
+        samples = samples_of(balanced.fx, graph, sources, watched, batch)
+        known[batch] = _Splitting(balanced.fx, graph, labels, samples, places)
+    return known[batch]
+
+
+def _nth(k: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t[k : k + 1] if t.dim() else t
 
 
 def _join(parts: Sequence[FullGrad]) -> FullGrad:
@@ -95,55 +176,101 @@ def _leaf_places(graph: ComputationGraph, labels: Degrees) -> dict[str, tuple[st
     return places
 
 
-def _batch_dim(graph: ComputationGraph, name: str, index: int) -> int | None:
-    """The dimension of a node's output that is the batch, None where it is folded into another."""
-    first = tensor_value(graph.placeholders[0])
-    value = graph.nodes[name].meta.get("val")
-    value = value[index] if isinstance(value, (tuple, list)) else value
-    if first is None or value is None or isinstance(first.shape[0], int):
-        return None
-    fitting = [i for i, s in enumerate(value.shape) if str(s) == str(first.shape[0])]
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _split(
-    module: fx.GraphModule,
-    graph: ComputationGraph,
-    labels: Degrees,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    target: int | Sequence[int] | None,
-    batch_dims: Mapping[str, int | None],
-) -> FullGrad:
+def _split(split: _Splitting, flat: Sequence[Any], target: Target | Chosen) -> FullGrad:
+    """One forward; one backward, or one a sample where a map does not tell them apart."""
     maps: dict[str, Tensor] = {}
-    run = Run(module, graph, labels, lambda name, g, b: maps.update({name: finite_products(g, b)}))
+    heard = partial(_hear, maps)
+    run = Run(split.module, split.graph, split.labels, heard)
     with torch.enable_grad():
-        flat = pytree.tree_leaves(
-            run.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
-        )
-        chosen = _choose(next(t for t in flat if isinstance(t, Tensor)), target)
+        output = split.output(run.run(*flat, enable_io_processing=False))
+        values = split.resolved(output, target).of(split.front(output))
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(_not_finite(split, flat, values))
         given = list(run.sources.values())
-        grads = torch.autograd.grad(chosen.sum(), given, allow_unused=True)
+        count = values.numel()
+        each = [values.sum()] if count == 1 or split.tells_apart else [*values]
+        found = [
+            _contributions(value, given, maps, k < len(each)) for k, value in enumerate(each, 1)
+        ]
+    inputs = tuple(_added([part.inputs[i] for part in found]) for i in range(len(given)))
+    keys = [key for key in split.places if any(key in part.biases for part in found)]
+    biases = {key: _added([p.biases[key] for p in found if key in p.biases]) for key in keys}
+    if len(found) < count:
+        dims = [split.samples.sources.get(name) for name in run.sources]
+        total = sum(map(_summed, inputs, dims), values.new_zeros(()))
+        for key, parts in biases.items():
+            total = total + _summed(parts, split.samples.nodes[split.places[key]])
+    else:
+        total = torch.stack([_everything(part, values) for part in found])
+    if not bool(torch.isfinite(total).all()):
+        raise NonFiniteError(
+            "the contributions are not finite: an operation has no finite gradient at these inputs "
+            "(a root or a norm of 0); check_completeness names it"
+        )
+    shape = values.shape if split.samples.output is not None else ()
+    names = _leaf_labels(split.graph, split.labels, biases)
+    return FullGrad(
+        inputs[0] if len(inputs) == 1 else inputs,
+        {names[key]: parts for key, parts in biases.items()},
+        values.detach().reshape(shape),
+        total.reshape(shape),
+        split.samples.output,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one backward told."""
+
+    inputs: tuple[Tensor, ...]
+    biases: Mapping[str, Tensor]
+
+
+def _hear(maps: dict[str, Tensor], key: str, g: Tensor, added: Tensor) -> None:
+    maps[key] = finite_products(g, added)
+
+
+def _contributions(
+    value: Tensor, given: Sequence[Tensor], maps: dict[str, Tensor], again: bool
+) -> _Part:
+    maps.clear()
+    grads: Sequence[Tensor | None] = [None] * len(given)
+    if value.requires_grad:  # else the target does not depend on the input
+        grads = torch.autograd.grad(value, given, retain_graph=again, allow_unused=True)
     inputs = tuple(
-        torch.zeros_like(x) if g is None else finite_products(g, x).detach()
+        torch.zeros_like(x.real if x.is_complex() else x)
+        if g is None
+        else finite_products(g, x).detach()
         for g, x in zip(grads, given, strict=True)
     )
-    output = chosen.detach()
-    separate = graph.dynamic and output.dim() > 0 and output.shape[0] > 1
-    total = sum((_summed(i, 0 if separate else None) for i in inputs), output.new_zeros(()))
-    for name, parts in maps.items():
-        total = total + _summed(parts, batch_dims[name] if separate else None)
-    if not separate:
-        output = output.sum() if output.numel() > 1 else output
-        total = total.reshape(output.shape)
-    names = _leaf_labels(graph, labels, maps)
-    ordered = {names[key]: maps[key] for key in batch_dims if key in maps}
-    return FullGrad(inputs[0] if len(inputs) == 1 else inputs, ordered, output, total)
+    return _Part(inputs, dict(maps))
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack([*parts]).sum(0)
+
+
+def _everything(part: _Part, like: Tensor) -> Tensor:
+    sums = [t.sum() for t in (*part.inputs, *part.biases.values())]
+    return sum(sums, like.new_zeros(()))
+
+
+def _not_finite(split: _Splitting, flat: Sequence[Any], values: Tensor) -> str:
+    """What to say of a target that is NaN or infinite: where it began."""
+    for node, given in zip(split.graph.placeholders, flat, strict=False):
+        if is_ray(given) and bool(given.isnan().any()):
+            return f"the input {node.name} holds NaN"
+    first = first_not_finite(split.module, flat)
+    where = f"; it begins at {split.graph.describe(first)}" if first in split.graph.nodes else ""
+    bad = values.detach()[~torch.isfinite(values)]
+    return f"the target's value is {float(bad[0])}, which has no contributions{where}"
 
 
 def _summed(parts: Tensor, batch: int | None) -> Tensor:
-    """The sum over all dimensions but the batch one."""
-    return parts.sum() if batch is None else parts.movedim(batch, 0).flatten(1).sum(1)
+    """The sum over all dimensions but the batch one, (n,)."""
+    assert batch is not None, "a map without samples of its own is summed one by one"
+    front = parts.movedim(batch, 0)
+    return front.reshape(front.shape[0], -1).sum(1)
 
 
 def _leaf_names(call: Call) -> str:
@@ -168,22 +295,3 @@ def _leaf_labels(
     names = {k: _leaf_names(labels.live.calls[places[k]]) for k in maps}
     once = {label for label in names.values() if list(names.values()).count(label) == 1}
     return {n: label if label in once else f"{label} @ {n}" for n, label in names.items()}
-
-
-def _choose(output: Tensor, target: int | Sequence[int] | None) -> Tensor:
-    """The target's value per sample, shape (batch,)."""
-    if output.dim() == 0:
-        return output
-    rest = output.shape[1:]
-    if target is None:
-        return output.flatten(1).amax(1) if output.dim() > 1 else output
-    index = (target,) if isinstance(target, int) else tuple(target)
-    bad = len(index) != len(rest) or any(not -s <= i < s for i, s in zip(index, rest, strict=False))
-    if bad:
-        raise InputError(
-            f"target {target} is out of range for an output of shape {tuple(output.shape)}: one "
-            f"index below {tuple(rest)} for each dimension behind the batch"
-        )
-    for i in index:
-        output = output[:, i]
-    return output
