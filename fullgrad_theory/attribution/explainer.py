@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..backward.balanced import Balanced, balance
+from ..backward.targets import Chosen, Target
 from ..check.numeric import float_leaves
 from ..edits.costs import Policy
 from ..errors import InputError, unknown_name
@@ -21,7 +22,7 @@ from ..plan.plan import Plan
 from .layouts import Cell
 from .map import Map, MethodResult
 from .methods import METHODS, Method
-from .run import Need, Target, choose, counted, gather, targets
+from .run import Need, chosen_of, counted, gather
 from .sampled import Sampling, Score
 from .structure import Anatomy, anatomy
 
@@ -123,8 +124,8 @@ class Explainer:
     ) -> dict[str, Map]:
         """Maps of images (B, C, H, W) by each of the methods, for a target or the prediction.
 
-        `target`: one class for all, or one a sample. All gradient methods share one forward and one
-        backward. `seed` is for random and SmoothGrad. Raises `InputError`, `UnknownNameError`.
+        `target`: see `Target`; None is the prediction. All gradient methods share one forward and
+        one backward. `seed` is for random and SmoothGrad. Raises `InputError`, `UnknownNameError`.
         """
         chosen = self._methods(methods)
         if not isinstance(x, Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != self.shape:
@@ -138,47 +139,52 @@ class Explainer:
             raise InputError("a batch without images has nothing to attribute")
         if not self._one_by_one or x.shape[0] == 1:
             return self._explain(x, chosen, target, seed)
-        index = None if target is None else torch.as_tensor(target)
-        if index is not None and index.dim() == 1 and index.shape[0] != x.shape[0]:
-            raise InputError(f"{index.shape[0]} targets for {x.shape[0]} samples")
+        chosen_target = self._one_by_one_target(x, target)
         parts = []
         for i in range(x.shape[0]):
-            own = index if index is None or index.dim() == 0 else index[i : i + 1]
+            own = None if chosen_target is None else chosen_target.sample(i)
             parts.append(self._explain(x[i : i + 1], chosen, own, seed + i))
         return {name: _join([part[name] for part in parts]) for name in chosen}
 
+    def _one_by_one_target(self, x: Tensor, target: Target) -> Chosen | None:
+        """The target of all samples, resolved before each is run alone; None is each's largest."""
+        if target is None:
+            return None
+        with torch.no_grad():
+            return chosen_of(torch.cat([self.scores(image) for image in x.split(1)]), target)
+
     def _explain(
-        self, x: Tensor, chosen: dict[str, Method], target: Target, seed: int
+        self, x: Tensor, methods: dict[str, Method], target: Target | Chosen, seed: int
     ) -> dict[str, Map]:
-        one_pass = [m for m in chosen.values() if m.function is not None]
+        one_pass = [m for m in methods.values() if m.function is not None]
         record = None
         if one_pass:
             needs = frozenset[Need]().union(*(m.needs for m in one_pass))
             record = gather(self.model, self.labels, self.anatomy, x, target, needs)
-            output, index = record.output, record.target
+            output, chosen = record.output, record.target
         else:
             with torch.no_grad():
                 values = self.scores(x)
-                index = targets(values, target)
-                output = choose(values, index)
-        score = partial(self._score, index)
+                chosen = chosen_of(values, target)
+                output = chosen.of(values)
+        score = partial(self._score, chosen)
         sampling = Sampling(x.detach(), score, self.grid, self._cell(), seed)
         return {
-            name: self._map(name, method.result(record, sampling), output, index)
-            for name, method in chosen.items()
+            name: self._map(name, method.result(record, sampling), output, chosen.index)
+            for name, method in methods.items()
         }
 
     def scores(self, x: Tensor) -> Tensor:
         """The model's output, (B, classes): the first float tensor of it, where it is several."""
         return float_leaves(self.model.fx(x))[0]
 
-    def _score(self, index: Tensor | None, sample: int) -> Score:
+    def _score(self, chosen: Chosen, sample: int) -> Score:
         """The value of one sample's target, of any images; captum's noise is of float32."""
-        own = None if index is None else index[sample : sample + 1]
+        own = chosen.sample(sample)
 
         def score(images: Tensor) -> Tensor:
             output = self.scores(images.to(self.dtype))
-            return choose(output, own if own is None else own.expand(output.shape[0]))
+            return own.expanded(output.shape[0]).of(output)
 
         return score
 

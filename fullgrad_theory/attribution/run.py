@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..backward.balanced import Balanced
 from ..backward.running import Run, finite_products
+from ..backward.targets import Chosen, Target, resolve
 from ..check.numeric import float_leaves
 from ..errors import InputError
 from ..operators.algebra import Algebra
@@ -21,8 +22,6 @@ from ..operators.calls import named, operation_args
 from ..plan.labelling import Degrees
 from .layouts import Cell
 from .structure import Anatomy, Attention
-
-Target = int | Sequence[int] | Tensor | None
 
 
 class Need(StrEnum):
@@ -60,7 +59,7 @@ class Record:
     image: Tensor
     image_gradient: Tensor
     output: Tensor
-    target: Tensor | None
+    target: Chosen
     values: Mapping[str, Tensor] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     attention: tuple[Weights, ...] = ()
@@ -79,7 +78,7 @@ def gather(
     labels: Degrees,
     anatomy: Anatomy,
     image: Tensor,
-    target: Target,
+    target: Target | Chosen,
     needs: Collection[Need],
 ) -> Record:
     """One forward and one backward of a balanced model for images of shape (B, C, H, W).
@@ -94,13 +93,13 @@ def gather(
     run.garbage_collect_values = Need.LAYERS not in needs  # the head is run again
     with torch.enable_grad():
         output = float_leaves(run.run(image, enable_io_processing=False))[0]
-        index = targets(output, target)
-        chosen = choose(output, index)
-        layers = tuple(_layers(run, sites, index)) if Need.LAYERS in needs else ()
+        chosen = chosen_of(output, target)
+        value = chosen.of(output)
+        layers = tuple(_layers(run, sites, chosen)) if Need.LAYERS in needs else ()
         given = run.sources | {n: run.kept[n] for n in (*stream, *(s.node for s in sites))}
         asked = {n: t for n, t in given.items() if t.requires_grad}
         with run.listening():
-            found = torch.autograd.grad(chosen.sum(), [*asked.values()], allow_unused=True)
+            found = torch.autograd.grad(value.sum(), [*asked.values()], allow_unused=True)
     grads = dict(zip(asked, found, strict=True))
     grads = {
         n: torch.zeros_like(t) if grads.get(n) is None else grads[n].detach()
@@ -111,8 +110,8 @@ def gather(
         anatomy,
         run.sources[source].detach(),
         grads[source],
-        chosen.detach(),
-        index,
+        value.detach(),
+        chosen,
         {n: layout.tokens(run.kept[n].detach()) for n, layout in stream.items()},
         {n: layout.tokens(grads[n]) for n, layout in stream.items()},
         tuple(run.weights(s, grads[s.node]) for s in sites),
@@ -137,38 +136,11 @@ def counted(labels: Degrees) -> Degrees:
     return replace(labels, biases=norms | dict(labels.biases))
 
 
-def targets(output: Tensor, target: Target) -> Tensor | None:
-    """The target of each sample, (B,); None where the output is one value a sample, (B,)."""
-    if output.dim() == 1 and target is None:
-        return None
-    if output.dim() != 2:
-        raise InputError(
-            f"attribution is of one class of an output of shape (batch, classes); this output has "
-            f"shape {tuple(output.shape)}"
-            + ("; leave the target out" if output.dim() == 1 else "; wrap the model to pick one")
-        )
-    batch, classes = output.shape
-    if target is None:
-        return output.detach().argmax(1)
-    try:
-        index = torch.as_tensor(target, device=output.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"a target is a whole number, or one a sample, not {target!r}") from error
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise InputError(f"a target is a whole number, not {index.dtype}")
-    if index.dim() > 1 or (index.dim() == 1 and index.shape[0] != batch):
-        raise InputError(
-            f"target has shape {tuple(index.shape)}: one index for all, or one for each of the "
-            f"{batch} samples"
-        )
-    if bool(((index < -classes) | (index >= classes)).any()):
-        raise InputError(f"target {target} is out of range for {classes} classes")
-    return index.long().expand(batch).remainder(classes)
-
-
-def choose(output: Tensor, index: Tensor | None) -> Tensor:
-    """The target's value, (B,)."""
-    return output if index is None else output.gather(1, index[:, None])[:, 0]
+def chosen_of(output: Tensor, target: Target | Chosen) -> Chosen:
+    """The target of each sample of an output (B, *rest); raises `InputError`."""
+    if output.dim() == 0:
+        raise InputError("the model returns one number for all images; there must be one an image")
+    return target if isinstance(target, Chosen) else resolve(target, output)
 
 
 class _Gathering(Run):
@@ -276,7 +248,7 @@ def _softmax(given: Mapping[str, Any]) -> Tensor:
     return cast(Tensor, torch.ops.aten._safe_softmax.default(scores, -1))
 
 
-def _layers(run: _Gathering, sites: Sequence[Attention], index: Tensor | None) -> Iterator[Weights]:
+def _layers(run: _Gathering, sites: Sequence[Attention], chosen: Chosen) -> Iterator[Weights]:
     """Per layer, the head's output for it, and that output's gradient at the layer's attention.
 
     Where the head pools by an attention of its own, its map is taken, as LeGrad has it. Each is
@@ -293,7 +265,7 @@ def _layers(run: _Gathering, sites: Sequence[Attention], index: Tensor | None) -
         state = run.kept[block.output]
         values, output = _head(run, nodes[places[last.name] + 1 :], last, state)
         read = [values[s.node] for s in pooling] or [run.kept[s.node] for s in own]
-        score = choose(output, index).sum()
+        score = chosen.of(output).sum()
         grads = torch.autograd.grad(score, read, retain_graph=True, allow_unused=True)
         for site, value, g in zip(pooling or own, read, grads, strict=True):
             g = torch.zeros_like(value) if g is None else g.detach()

@@ -113,7 +113,10 @@ def resolve(target: Target, output: Tensor) -> Chosen:
     if target is None or (isinstance(target, str) and target == "prediction"):
         return Chosen(_predicted(output))
     if isinstance(target, str):
-        raise InputError(f"a target in words is 'prediction', not {target!r}")
+        raise InputError(
+            f"a target is a whole number, or one a sample, not {target!r}; the only word for one is "
+            "'prediction'"
+        )
     if isinstance(target, tuple) and all(_is_index(t) for t in target):
         indices = torch.tensor([[operator.index(t) for t in target]] * count)
         return Chosen(_places(indices.reshape(count, len(target)), target, output))
@@ -126,8 +129,8 @@ def resolve(target: Target, output: Tensor) -> Chosen:
         return Chosen(_places(values.expand(count, 1), target, output))
     if values.shape[0] != count:
         raise InputError(
-            f"{values.shape[0]} targets for {count} sample{'s' * (count != 1)}: a list names one a "
-            "sample, a tuple one index a dimension behind the batch"
+            f"{values.shape[0]} targets, not one for each of the {count} samples; a tuple has one "
+            "index for each dimension behind the batch"
         )
     if values.dim() == 1:
         return Chosen(_places(values[:, None], target, output))
@@ -176,13 +179,18 @@ def _places(indices: Tensor, target: Any, output: Tensor) -> tuple[Tensor, ...]:
     indices = indices.cpu().long()
     bad = indices.shape[1] != len(rest) or bool(((indices < -sizes) | (indices >= sizes)).any())
     if bad:
-        wants = f"one index below {rest} for each dimension behind the batch"
         raise InputError(
-            f"target {target} is out of range for an output of shape {tuple(output.shape)}: "
-            + (wants if rest else "it has one value a sample; leave the target out")
+            f"target {target} is out of range for {_entries(rest)}: the output has shape "
+            f"{tuple(output.shape)}, a target one index for each dimension behind the batch"
         )
     found = indices.remainder(sizes).to(output.device)
     return tuple(found[:, d] for d in range(len(rest)))
+
+
+def _entries(rest: tuple[int, ...]) -> str:
+    if not rest:
+        return "one value a sample"
+    return f"{rest[0]} classes" if len(rest) == 1 else f"entries {rest}"
 
 
 def _weights(values: Tensor, target: Any, output: Tensor) -> Tensor:
