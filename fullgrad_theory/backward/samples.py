@@ -151,7 +151,8 @@ class _Watching(fx.Interpreter):
         self.replaced, self.seen = replaced, seen
 
     def run_node(self, n: fx.Node) -> Any:
-        value = self.replaced[n.name] if n.name in self.replaced else super().run_node(n)
+        value = super().run_node(n)  # of a placeholder too, which takes the next argument
+        value = self.replaced.get(n.name, value)
         self.seen(n, value)
         return value
 

@@ -114,8 +114,8 @@ def resolve(target: Target, output: Tensor) -> Chosen:
         return Chosen(_predicted(output))
     if isinstance(target, str):
         raise InputError(
-            f"a target is a whole number, or one a sample, not {target!r}; the only word for one is "
-            "'prediction'"
+            f"a target is a whole number, or one a sample, not {target!r}; in words there is "
+            "'prediction' alone"
         )
     if isinstance(target, tuple) and all(_is_index(t) for t in target):
         indices = torch.tensor([[operator.index(t) for t in target]] * count)
@@ -141,6 +141,21 @@ def resolve(target: Target, output: Tensor) -> Chosen:
         f"{tuple(output.shape)}: pass one a sample, or ({count}, {len(rest)}) indices; a mask is "
         "boolean, weights are floating-point"
     )
+
+
+def named_classes(target: Target, output: Tensor) -> Tensor:
+    """The class that a target is about, (n,): the one it names, or weighs against others.
+
+    Of an output (n, classes). Raises `InputError` where it names none.
+    """
+    inner = target.of if isinstance(target, (Contrast, SoftmaxWeighted)) else target
+    index = resolve(inner, output).index
+    if index is None:
+        raise InputError(
+            "this target names no class: pass a whole number, one a sample, 'prediction', or a "
+            "contrast or softmax_weighted of these"
+        )
+    return index
 
 
 def _is_index(value: Any) -> bool:
@@ -179,18 +194,23 @@ def _places(indices: Tensor, target: Any, output: Tensor) -> tuple[Tensor, ...]:
     indices = indices.cpu().long()
     bad = indices.shape[1] != len(rest) or bool(((indices < -sizes) | (indices >= sizes)).any())
     if bad:
-        raise InputError(
-            f"target {target} is out of range for {_entries(rest)}: the output has shape "
-            f"{tuple(output.shape)}, a target one index for each dimension behind the batch"
-        )
+        raise InputError(f"target {target} is out of range for {_wanted(output)}")
     found = indices.remainder(sizes).to(output.device)
     return tuple(found[:, d] for d in range(len(rest)))
 
 
-def _entries(rest: tuple[int, ...]) -> str:
+def _wanted(output: Tensor) -> str:
+    count, *rest = output.shape
     if not rest:
-        return "one value a sample"
-    return f"{rest[0]} classes" if len(rest) == 1 else f"entries {rest}"
+        return "an output of one value a sample: leave it out"
+    if len(rest) == 1:
+        return (
+            f"{rest[0]} classes: one class below {rest[0]}, or one for each of the {count} samples"
+        )
+    return (
+        f"an output of shape {tuple(output.shape)}: one index below {tuple(rest)} for each "
+        "dimension behind the batch"
+    )
 
 
 def _weights(values: Tensor, target: Any, output: Tensor) -> Tensor:

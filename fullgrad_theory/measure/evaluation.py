@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from ..backward.targets import Target
 from ..bars import Tick, progress
 from ..errors import InputError
 from ..graph.door import as_module, home
@@ -18,7 +19,7 @@ from ..metrics.deletion import Deletion
 from ..metrics.table import METRICS
 from .batches import Reader, Samples
 from .results import Interval, Results, Row
-from .settings import AnyPolicy, Request, distinct_names
+from .settings import AnyPolicy, Request, distinct_names, one_each
 from .store import KeptBatches
 from .task import BatchTask, MakeExplain
 from .workers import Processes, processes, together
@@ -33,7 +34,7 @@ def evaluate(
     policies: str | Sequence[str] | Mapping[str, AnyPolicy] = ("plain", "libra"),
     metrics: str | Sequence[str] = tuple(METRICS),
     *,
-    target: Literal["prediction", "label"] = "prediction",
+    target: Target = "prediction",
     fractions: Sequence[float] = FRACTIONS,
     grid: tuple[int, int] | None = None,
     drop: str | None = None,
@@ -46,10 +47,11 @@ def evaluate(
 
     A batch of samples costs one forward, what each policy's `Explainer` needs (one forward and
     backward for all gradient methods), and the forwards of the deletion curves, `forward_batch`
-    images at a time. `grid`, `drop`: see `Deletion`. With a `folder`, batches are kept as they are
-    done; called again, it reads their samples and compares them, and computes the rest. Under
-    torchrun, processes share the batches, and all return the results of one process. A metric that
-    is not defined for a method or an image is NaN.
+    images at a time. `target`: "label", or a `Target` that names a class, or one for each of the
+    samples; deletion curves follow that class. `grid`, `drop`: see `Deletion`. With a `folder`,
+    batches are kept as they are done; called again, it reads their samples and compares them, and
+    computes the rest. Under torchrun, processes share the batches, and all return the results of
+    one process. A metric that is not defined for a method or an image is NaN.
     Raises `InputError` for a `folder` with other results and for samples that do not fit,
     `NonFiniteError` for NaN, and what `Explainer` raises.
     """
@@ -65,6 +67,8 @@ def evaluate(
         batch_size,
         forward_batch,
     )
+    if one_each(target) and len(target) != len(samples):  # type: ignore[arg-type]
+        raise InputError(f"{len(target)} targets for {len(samples)} samples")  # type: ignore[arg-type]
     module, reader = as_module(model), Reader(samples, batch_size)
     example = reader.first[None].to(*home(module))
     deletion = Deletion(module, example, grid, drop)

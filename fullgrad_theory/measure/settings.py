@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..backward.targets import Target
 from ..edits.costs import Policy
 from ..errors import InputError
 from ..metrics.deletion import Deletion
@@ -28,7 +30,7 @@ class Request:
     methods: tuple[str, ...]
     policies: Mapping[str, AnyPolicy]
     metrics: tuple[str, ...]
-    target: Literal["prediction", "label"]
+    target: Target
     fractions: tuple[float, ...]
     batch_size: int
     forward_batch: int
@@ -36,8 +38,10 @@ class Request:
     def __post_init__(self) -> None:
         for name in self.metrics:
             metric(name)
-        if self.target not in ("prediction", "label"):
+        if isinstance(self.target, str) and self.target not in ("prediction", "label"):
             raise InputError(f"target must be 'prediction' or 'label', got {self.target!r}")
+        if callable(self.target) and not isinstance(self.target, Tensor):
+            raise InputError("a function names no class, which the deletion curves would follow")
         smallest = min(self.batch_size, self.forward_batch)
         if smallest < 1:
             raise InputError(f"batch sizes must be at least 1, got {smallest}")
@@ -50,13 +54,24 @@ class Request:
             "methods": self.methods,
             "policies": {name: _text(policy) for name, policy in self.policies.items()},
             "metrics": self.metrics,
-            "target": self.target,
+            "target": _target_text(self.target),
             "fractions": self.fractions,
             "grid": deletion.grid,
             "removal": deletion.describe,
             "batch_size": self.batch_size,
         }
         return dict(json.loads(json.dumps(settings)))
+
+
+def one_each(target: Target) -> bool:
+    """Whether a target names one class a sample."""
+    return isinstance(target, list) or getattr(target, "ndim", 0) > 0
+
+
+def _target_text(target: Target) -> Any:
+    if one_each(target):
+        return torch.as_tensor(target).tolist()
+    return target if target is None or isinstance(target, (str, int)) else str(target)
 
 
 def distinct_names(what: str, given: str | Iterable[str]) -> tuple[str, ...]:

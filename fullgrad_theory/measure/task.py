@@ -8,13 +8,14 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ..backward.targets import Contrast, SoftmaxWeighted, Target, named_classes
 from ..graph.door import home
 from ..metrics.curves import Curves
 from ..metrics.deletion import Deletion
 from ..metrics.table import metric
 from .batches import Batch, need_finite
 from .results import Results, Row
-from .settings import AnyPolicy, Request
+from .settings import AnyPolicy, Request, one_each
 
 
 class Explanation(Protocol):
@@ -31,10 +32,10 @@ class Explanation(Protocol):
 
 
 class Explain(Protocol):
-    """(images, methods, target (B,)) -> method -> explanation; what draws numbers is seeded."""
+    """(images, methods, target) -> method -> explanation; what draws numbers is seeded."""
 
     def __call__(
-        self, x: Tensor, methods: Sequence[str], target: Tensor, *, seed: int
+        self, x: Tensor, methods: Sequence[str], target: Target, *, seed: int
     ) -> Mapping[str, Explanation]: ...
 
 
@@ -61,8 +62,12 @@ class BatchTask:
         x = batch.images.to(*home(self.deletion.model))
         output = self.deletion.predict(x, self.request.forward_batch)
         need_finite(output, "the model's output", batch.indices)
-        target = self._target(batch, output)
-        maps = self._maps(x, target, seed=batch.indices.start)
+        if self.request.target == "label":
+            batch.need_classes(output.shape[1])
+        explained = self._target(batch)
+        target = named_classes(explained, output)
+        named = explained if isinstance(explained, (Contrast, SoftmaxWeighted)) else target
+        maps = self._maps(x, named, seed=batch.indices.start)
         curves = self._curves(x, maps, target, output)
         values = {
             (key, name): _values(name, found, curves.get(_words(key)), batch.masks)
@@ -77,13 +82,16 @@ class BatchTask:
         ]
         return Results.of(rows, {"data": batch.digest})
 
-    def _target(self, batch: Batch, output: Tensor) -> Tensor:
-        if self.request.target == "prediction":
-            return output.argmax(1)
-        batch.need_classes(output.shape[1])
-        return batch.labels.to(output.device)
+    def _target(self, batch: Batch) -> Target:
+        """What is explained of a batch."""
+        target = self.request.target
+        if target == "label":
+            return batch.labels
+        if not one_each(target):
+            return target
+        return target[batch.indices.start : batch.indices.stop]  # type: ignore[index,return-value]
 
-    def _maps(self, x: Tensor, target: Tensor, seed: int) -> dict[Key, Explanation]:
+    def _maps(self, x: Tensor, target: Target, seed: int) -> dict[Key, Explanation]:
         maps: dict[Key, Explanation] = {}
         for policy, explain in self.explains.items():
             made = explain(x, self.request.methods, target, seed=seed)

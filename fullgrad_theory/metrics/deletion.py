@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..backward.targets import Target, named_classes
 from ..bars import Tick
 from ..errors import InputError
 from ..graph.door import Inputs, Model, as_module, split_inputs
@@ -52,7 +53,7 @@ class Deletion:
         self,
         x: Tensor,
         scores: Mapping[str, Tensor],
-        target: int | Sequence[int] | Tensor | None = None,
+        target: Target = None,
         fractions: Sequence[float] = FRACTIONS,
         *,
         batch_size: int = 256,
@@ -69,7 +70,7 @@ class Deletion:
         removed = [round(f * cells) for f in fractions]
         self._check(x, scores, fractions, removed)
         output = self.predict(x, batch_size) if output is None else output
-        target = _targets(target, output)
+        target = named_classes(target, output)
         orders = [_order(values).to(x.device) for values in scores.values()]
         start, right = _judge(output, target)
         columns: list[tuple[Tensor, Tensor]] = []
@@ -126,20 +127,6 @@ class Deletion:
 def _order(values: Tensor) -> Tensor:
     """Patches from the most to the least influential, (B, N); ties in reading order."""
     return values.detach().flatten(1).argsort(dim=1, descending=True, stable=True)
-
-
-def _targets(target: int | Sequence[int] | Tensor | None, output: Tensor) -> Tensor:
-    if target is None:
-        return output.argmax(1)
-    targets = torch.as_tensor(target, device=output.device)
-    targets = targets.expand(len(output)) if targets.dim() == 0 else targets
-    classes = output.shape[1]
-    if targets.shape != output.shape[:1] or bool(((targets < 0) | (targets >= classes)).any()):
-        raise InputError(
-            f"target must be one class below {classes} or one for each of the {len(output)} "
-            f"images, got {target}"
-        )
-    return targets.long()
 
 
 def _judge(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
