@@ -196,8 +196,9 @@ def _split(split: _Splitting, flat: Sequence[Any], target: Target | Chosen) -> F
     keys = [key for key in split.places if any(key in part.biases for part in found)]
     biases = {key: _added([p.biases[key] for p in found if key in p.biases]) for key in keys}
     if len(found) < count:
-        dims = [split.samples.sources.get(name) for name in run.sources]
-        total = sum(map(_summed, inputs, dims), values.new_zeros(()))
+        dims = split.samples.sources  # of others nothing comes
+        parts_of = dict(zip(run.sources, inputs, strict=True))
+        total = sum((_summed(parts_of[n], d) for n, d in dims.items()), values.new_zeros(()))
         for key, parts in biases.items():
             total = total + _summed(parts, split.samples.nodes[split.places[key]])
     else:
