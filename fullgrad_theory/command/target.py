@@ -8,20 +8,17 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import InputError
 from ..graph.door import Model
-from ..graph.sources import first_line, shorten
+from ..graph.sources import first_line, raised_at, shorten
 
 
 def is_target(name: str) -> bool:
@@ -80,6 +77,9 @@ def _made(found: Any, target: str) -> Model:
     if inspect.isclass(found) and not issubclass(found, nn.Module):
         raise InputError(f"{target} is a class, but not one of nn.Module")
     parameters = _parameters(found)
+    if parameters is not None and inspect.isclass(found):
+        # a class without an __init__ has nn.Module's, which takes *args and needs none
+        parameters = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
     if parameters is None or any(map(_needed, parameters)):
         if inspect.isclass(found):
             raise InputError(
@@ -139,7 +139,9 @@ def _module(name: str) -> ModuleType:
             near = _near(last, [m.name for m in beside])
             raise InputError(f"there is no module {error.name!r}; {near}") from None
         raise InputError(_failed(f"cannot import {name}", error)) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise InputError(_failed(f"cannot import {name}", error)) from error
 
 
@@ -169,36 +171,15 @@ def _file(path: Path) -> ModuleType:
 def _run(call: Callable[[], Any], what: str) -> Any:
     try:
         return call()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, and whatever else the user's code may raise
         raise InputError(_failed(what, error)) from error
 
 
 def _failed(what: str, error: BaseException) -> str:
-    at = _raised_at(error)
+    at = raised_at(error)
     return f"{what}: {first_line(error)}" + (f" (at {at})" if at else "")
-
-
-_OURS = (f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parent}/")
-_STANDARD = (sysconfig.get_path("stdlib"), "<")
-
-
-def _distance(file: str) -> int:
-    """0 for the user's own code, 1 for a library, 2 for torch, this package and Python itself."""
-    if file.startswith(_OURS):
-        return 2
-    if {"site-packages", "dist-packages"} & set(Path(file).parts):
-        return 1
-    return 2 if file.startswith(_STANDARD) else 0
-
-
-def _raised_at(error: BaseException) -> str:
-    """The innermost line of the user's code, rather than of a library they call."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{shorten(error.filename)}:{error.lineno}"
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    least = min((_distance(file) for file, _ in frames), default=2)
-    theirs = [f"{shorten(file)}:{line}" for file, line in frames if _distance(file) == least]
-    return theirs[-1] if least < 2 else ""
 
 
 def _written_in(value: Any, module: ModuleType) -> bool:
