@@ -81,7 +81,9 @@ def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
     """Whatever timm, its download or a checkpoint raises is the user's error, in one line."""
     try:
         return load(*args, **kwargs)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise InputError(f"cannot load {args[-1]}: {type(error).__name__}: {said}") from error
 

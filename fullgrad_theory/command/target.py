@@ -18,7 +18,8 @@ from torch import nn
 
 from ..errors import InputError
 from ..graph.door import Model
-from ..graph.sources import first_line, raised_at, shorten
+from ..graph.foreign import met, told
+from ..graph.sources import shorten
 
 
 def is_target(name: str) -> bool:
@@ -68,7 +69,7 @@ def _split(target: str) -> tuple[str, str]:
 def _made(found: Any, target: str) -> Model:
     """A model from an attribute: itself, or what it returns."""
     if isinstance(found, nn.Module):
-        return found.eval()
+        return _in_eval_mode(found, target)
     if not callable(found):
         raise InputError(
             f"{target} is {_kind(found)}; name an nn.Module, or a class or a function that makes "
@@ -89,12 +90,19 @@ def _made(found: Any, target: str) -> Model:
         return found
     made = _run(found, f"{target} cannot be called")
     if isinstance(made, nn.Module):
-        return made.eval()
+        return _in_eval_mode(made, target)
     if not parameters:
         raise InputError(
             f"{target}() returns {_kind(made)}: a function without arguments must make an nn.Module"
         )
     return found
+
+
+def _in_eval_mode(model: nn.Module, target: str) -> nn.Module:
+    """The user's class may have an eval() of its own, one that returns nothing."""
+    with met(f"{target} does not take eval()"):
+        model.eval()
+    return model
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
@@ -131,18 +139,15 @@ def _module(name: str) -> ModuleType:
         here = [m.name for m in pkgutil.iter_modules([str(Path.cwd())])]
         raise InputError(f"there is no module {name!r} here; {_near(name, here)}")
     try:
-        return importlib.import_module(name)
+        with met(f"cannot import {name}", unless=(ModuleNotFoundError,)):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name + ".").startswith(error.name + "."):
             parent, _, last = error.name.rpartition(".")
             beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))
             near = _near(last, [m.name for m in beside])
             raise InputError(f"there is no module {error.name!r}; {near}") from None
-        raise InputError(_failed(f"cannot import {name}", error)) from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise InputError(_failed(f"cannot import {name}", error)) from error
+        raise InputError(told(f"cannot import {name}", error)) from error
 
 
 def _file(path: Path) -> ModuleType:
@@ -169,17 +174,8 @@ def _file(path: Path) -> ModuleType:
 
 
 def _run(call: Callable[[], Any], what: str) -> Any:
-    try:
+    with met(what):
         return call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit, and whatever else the user's code may raise
-        raise InputError(_failed(what, error)) from error
-
-
-def _failed(what: str, error: BaseException) -> str:
-    at = raised_at(error)
-    return f"{what}: {first_line(error)}" + (f" (at {at})" if at else "")
 
 
 def _written_in(value: Any, module: ModuleType) -> bool:

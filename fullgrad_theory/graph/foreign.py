@@ -10,16 +10,17 @@ from .sources import first_line, raised_at
 
 
 @contextmanager
-def met(what: str, way_out: str = "") -> Iterator[None]:
+def met(what: str, way_out: str = "", unless: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Whatever the user's code raises within is an `InputError`: what failed, with what, and where.
 
-    `SystemExit` and the like included, as `sys.exit(0)` in a forward is no verdict; Ctrl-C is not.
+    `SystemExit` and the like included, as `sys.exit(0)` in a forward is no verdict; Ctrl-C is not,
+    and what `unless` names passes.
     """
     try:
         yield
-    except (FullgradError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
+        if isinstance(error, (FullgradError, KeyboardInterrupt, *unless)):
+            raise
         raise InputError(told(what, error, way_out)) from without_page(error)
 
 
