@@ -92,7 +92,7 @@ def check(
     raise typer.Exit(checking.check(chosen, policy, numeric, unknown, files, traceback))
 
 
-@app.command()
+@app.command(cls=Reporting)
 def derive(
     name: Name,
     inputs: Inputs = None,
@@ -116,7 +116,7 @@ def derive(
     checking.derive(chosen, policy, alternatives, unknown, save, traceback)
 
 
-@app.command()
+@app.command(cls=Reporting)
 def explain(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image file.")],
     name: Annotated[
@@ -168,7 +168,7 @@ def operators() -> None:
     page.operators()
 
 
-@app.command()
+@app.command(cls=Reporting)
 def fuzz(
     examples: Annotated[int, typer.Option(min=1, help="How many architectures.")] = 200,
     jobs: Annotated[int, typer.Option(min=1, help="How many processes.")] = 1,

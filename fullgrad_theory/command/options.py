@@ -209,7 +209,8 @@ def _shape(text: str) -> Shape:
 
 
 class Reporting(TyperCommand):
-    """A command whose reports of an earlier run do not outlive a mistake in its options."""
+    """A command whose mistakes in the options are one line, as all else that goes wrong; no report
+    of an earlier run outlives them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = list(args)
@@ -217,10 +218,17 @@ class Reporting(TyperCommand):
             return super().parse_args(ctx, args)
         except typer.Exit:  # --help
             raise
-        except Exception:
+        except Exception as error:
             for path in named_by(("--json", "--sarif", "--junit"), given):
                 withdraw(path)
-            raise
+            if not hasattr(error, "format_message"):
+                raise
+            from .page import error_line
+
+            error_line(
+                f"{' '.join(error.format_message().split())} (see {ctx.command_path} --help)"
+            )
+            raise typer.Exit(2) from None
 
 
 # --------------------------------------------------------------------------- options

@@ -71,7 +71,7 @@ def judging(
         record(why)
     except OSError as error:
         why = f"{why} (and this could not be written down: {error})"
-    _error_line(why)
+    error_line(why)
     raise typer.Exit(code)
 
 
@@ -92,7 +92,8 @@ def _said(error: BaseException) -> str:
     )
 
 
-def _error_line(why: str) -> None:
+def error_line(why: str) -> None:
+    """The one red line to stderr."""
     Console(stderr=True, soft_wrap=True).print(Text(f"error: {why}", style="red"))
 
 
@@ -100,8 +101,10 @@ def _out_of_memory(error: BaseException | None) -> bool:
     """Of the machine or of a device, also where an error of ours came of that."""
     import torch
 
+    from ..graph.sources import said
+
     while error is not None:
-        lacking = "not enough memory" in str(error) and isinstance(error, RuntimeError)
+        lacking = "not enough memory" in said(error) and isinstance(error, RuntimeError)
         if lacking or isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         error = error.__cause__
