@@ -576,7 +576,7 @@ _TRAINING.training = False
 
 REFUSED = {
     "training mode": (nn.Dropout(), X, TrainingModeError, "training mode"),
-    "training inside": (_TRAINING, X, TrainingModeError, "'0'|'1'"),
+    "training inside": (_TRAINING, X, TrainingModeError, r"'1\.0'"),
     "random": (lambda x: x + torch.randn(4), X, TrainingModeError, "random"),
     "dropout": (F.dropout, X, UnregisteredOperationError, "random"),
     "strides": (

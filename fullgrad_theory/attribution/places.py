@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..graph.computation import ComputationGraph, tensor_value
+from ..graph.walking import Walker
 from ..operators.algebra import Algebra, Role
 from ..operators.calls import Call
 from ..plan.states import Liveness
@@ -37,7 +38,7 @@ def locate(graph: ComputationGraph, live: Liveness, images: Tensor) -> Walk:
     return walk
 
 
-class Walk(fx.Interpreter):
+class Walk(Walker):
     """Runs the graph on one image, boxes beside the values."""
 
     def __init__(self, graph: ComputationGraph, live: Liveness) -> None:

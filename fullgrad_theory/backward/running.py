@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.computation import ComputationGraph
+from ..graph.walking import Walker
 from ..operators.calls import Call, Running, operation_args
 from ..plan.labelling import Degrees
 
 OnBias = Callable[[str, Tensor, Tensor], None]
 
 
-class Run(fx.Interpreter):
+class Run(Walker):
     """Runs a (rewritten) graph with gradients, its sources being leaves of their own.
 
     `on_bias(node, g, B)` is called during the backward with the cotangent g at every node where

@@ -15,7 +15,10 @@ from ..edits.costs import Policy
 from ..errors import FullgradError, NonFiniteError, TraceError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model, modules_of
+from ..graph.foreign import without_page
 from ..graph.leaves import LeafSpec
+from ..graph.sources import raised_at
+from ..graph.tracing import need_to_run
 from ..operators.calls import is_ray
 from ..plan.labelling import degrees
 from ..plan.measuring import graph_of
@@ -104,13 +107,17 @@ def assert_complete(
 
 @contextmanager
 def _judged_by_running(graph: ComputationGraph) -> Iterator[None]:
-    """What torch raises while the model runs is met here: it cannot be judged so."""
+    """What torch or the user's code raises while the model runs is met here: it cannot be judged
+    so. Where the model does not run at all, that is what is said."""
     try:
         yield
-    except FullgradError:
+    except (FullgradError, KeyboardInterrupt):
         raise
-    except RuntimeError as error:
-        raise TraceError(words.does_not_run(graph.name, error)) from error
+    except BaseException as error:
+        if not isinstance(error, RuntimeError) and not raised_at(error):
+            raise  # nobody's but ours
+        need_to_run(graph.model, graph.model, graph.args, graph.kwargs)
+        raise TraceError(words.does_not_run(graph.name, error)) from without_page(error)
 
 
 def _evidence(

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import FullgradError, InputError
 from ..graph.computation import ComputationGraph, holds_tensor
-from ..graph.door import copied, modules_of
+from ..graph.door import Model, copied, modules_of
 from ..operators.calls import is_ray
+from . import words
 from .lifting import WIDE, wide
 
 # --------------------------------------------------------------------------- models
@@ -30,8 +32,13 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     memo: dict[int, Any] = {}
     for part in modules_of(graph.model) if with_model else ():
         memo |= _computed(part)
-    own = copied(graph.model, memo) if with_model else None
-    root = copy.deepcopy(graph.fx, memo)
+    try:
+        own = copied(graph.model, memo) if with_model else None
+        root = copy.deepcopy(graph.fx, memo)
+    except (FullgradError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a lock, an open file, or the user's __deepcopy__
+        raise InputError(words.no_copy(graph.name, _uncopied(graph.model), error)) from error
     parts = modules_of(own) if own is not None else []
     for module in (root, *parts):
         module._apply(wide)
@@ -43,6 +50,22 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
         if id(buffer) in buffers:
             root.get_submodule(owner)._buffers[leaf] = buffers[id(buffer)]
     return own, root
+
+
+def _uncopied(model: Model) -> str:
+    """The attribute that refuses to be copied, by its path; "" where it is none."""
+    for part in modules_of(model):
+        for path, module in part.named_modules():
+            for name, value in vars(module).items():
+                if name in ("_parameters", "_buffers", "_modules"):
+                    continue
+                try:
+                    copy.deepcopy(value, _computed(module))
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:  # noqa: BLE001  this is what is looked for
+                    return f"{path}.{name}" if path else name
+    return ""
 
 
 def _pairs(graph: ComputationGraph, parts: list[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:

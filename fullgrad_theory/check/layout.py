@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..graph.walking import Walker
 from ..operators.calls import is_ray
 from .numeric import aligned, float_leaves, gradients, paired
 from .subject import Subject
@@ -28,7 +29,7 @@ def layout_faults(subject: Subject, inputs: list[Any]) -> tuple[str, ...]:
     return tuple(n.name for n in found)
 
 
-class _Cotangents(fx.Interpreter):
+class _Cotangents(Walker):
     """Runs a module with gradients; keeps every call's arguments and, later, its cotangent."""
 
     def __init__(self, module: fx.GraphModule) -> None:

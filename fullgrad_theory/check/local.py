@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ..backward.running import bias_maps, inner
 from ..edits.scaling import Scale
 from ..errors import NonConvergenceWarning, NonFiniteError
+from ..graph.walking import Walker
 from ..operators.calls import bind, is_ray, operation_args
 from ..plan.states import State
 from . import words
@@ -64,7 +65,7 @@ class _Ran:
     outputs: list[tuple[Tensor, Tensor, Fraction]]
 
 
-class _Residuals(fx.Interpreter):
+class _Residuals(Walker):
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject.module)
         self.subject, self.labels = subject, subject.labels

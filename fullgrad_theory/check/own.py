@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..backward.balanced import rewrite
 from ..backward.running import inner
 from ..graph.door import modules_of
+from ..graph.foreign import met
 from ..graph.tracing import untouched, without_fast_path
 from ..operators.calls import is_ray
 from . import words
@@ -55,7 +56,9 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
         return Own(problem=words.NOTHING_TO_COMPARE)
     try:
         outputs, given, grads = _own_gradient(model, subject, inputs, traced, learned)
-    except Exception as error:  # noqa: BLE001  it is the user's code that runs
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  it is the user's code that runs
         return Own(problem=words.own_does_not_run(error))
     rounding = _Rounding(subject, inputs, traced)
     if len(outputs) != len(traced.outputs) or not all(
@@ -232,7 +235,7 @@ def forward_beside(structure: Structure) -> Forward:
     graph = structure.graph
     args, kwargs = graph.args, graph.kwargs
     module = rewrite(graph, structure.edits)
-    with torch.no_grad():
+    with torch.no_grad(), met(f"{graph.name} does not run on its own inputs a second time"):
         ours, theirs = module(*args, **kwargs), untouched(graph.model, args, kwargs)
         if not all(bool(v.isfinite().all()) for v in float_leaves(theirs)):
             return Forward.NOT_FINITE

@@ -6,13 +6,16 @@ from math import isfinite
 
 import torch
 
+from ..graph.sources import first_line
+
 # --------------------------------------------------------------------------- the structure
 
 NO_VALUES = "meta tensors have no values: the verdict is structural"
 
 
 def no_plan(error: Exception) -> str:
-    return f"no honest plan: {error}"
+    said = str(error)
+    return said if said.startswith("no honest plan") else f"no honest plan: {said}"
 
 
 def no_mend(error: Exception) -> str:
@@ -116,10 +119,10 @@ RANDOM = (
 )
 
 
-def own_does_not_run(error: Exception) -> str:
+def own_does_not_run(error: BaseException) -> str:
     return (
-        f"the model's own backward does not run in float64 ({type(error).__name__}: "
-        f"{_first_line(error).strip()[:200]}), so it could not be compared with the traced one"
+        f"the model's own backward does not run in float64 ({first_line(error)}), so it could not "
+        "be compared with the traced one"
     )
 
 
@@ -169,7 +172,7 @@ def layout_fault(where: str) -> str:
 
 
 def refused(dtype: torch.dtype, error: Exception) -> str:
-    return f"it does not run in {dtype_name(dtype)}: {_first_line(error)}"
+    return f"it does not run in {dtype_name(dtype)}: {first_line(error)}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -179,6 +182,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 # --------------------------------------------------------------------------- errors
 
 INFINITE_OUTPUT = "the output is not finite"
+
+
+def no_copy(model: str, attribute: str, error: BaseException) -> str:
+    held = f": it holds {attribute!r}, which refuses" if attribute else ""
+    out = "it" if attribute else "what refuses"
+    return (
+        f"{model} cannot be copied{held} ({first_line(error)}), and it is judged by a copy in "
+        f"float64; give its class a __deepcopy__ or a __getstate__ that leaves {out} out"
+    )
 
 
 def infinite_leaf(kind: str, name: str) -> str:
@@ -199,12 +211,8 @@ def no_gradient(error: Exception) -> str:
     return f"the model has no gradient: {error}"
 
 
-def does_not_run(model: str, error: Exception) -> str:
+def does_not_run(model: str, error: BaseException) -> str:
     return (
-        f"{model} does not run in float64 with gradients ({type(error).__name__}: "
-        f"{_first_line(error).strip()}); numeric=False judges it by its structure alone"
+        f"{model} does not run in float64 with gradients ({first_line(error)}), which is how it is "
+        "judged; numeric=False looks at its structure, and measures nothing"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .making import Chosen, create, inputs_of
 from .options import Unknown
 from .page import judging, show
 from .target import file_of
+from .writing import replacing, withdraw
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,31 @@ class Files:
     sarif: Path | None = None
     junit: Path | None = None
 
+    def withdrawn(self) -> Files:
+        """The same files, those of an earlier run removed."""
+        return Files(*map(withdraw, (self.json, self.sarif, self.junit)))
+
     def write(self, report: Report, defined: str, category: str) -> None:
         """`defined`: the file and line of the model; `category`: of the analysis, for SARIF."""
-        if self.json is not None:
-            self.json.write_text(report.to_json() + "\n", encoding="utf-8")
-        if self.sarif is not None:
-            text = to_sarif(report, defined=defined, category=category)
-            self.sarif.write_text(text + "\n", encoding="utf-8")
-        if self.junit is not None:
-            self.junit.write_text(to_junit(report) + "\n", encoding="utf-8")
+        _write(self.json, report.to_json)
+        _write(self.sarif, lambda: to_sarif(report, defined=defined, category=category))
+        _write(self.junit, lambda: to_junit(report))
 
 
-def check(chosen: Chosen, policy: str | None, numeric: bool, unknown: Unknown, files: Files) -> int:
+def _write(path: Path | None, text: Callable[[], str]) -> None:
+    if path is not None:
+        with replacing(path) as beside:
+            beside.write_text(text() + "\n", encoding="utf-8")
+
+
+def check(
+    chosen: Chosen,
+    policy: str | None,
+    numeric: bool,
+    unknown: Unknown,
+    files: Files,
+    traceback: bool = False,
+) -> int:
     """Check, write and print; the exit code."""
     name = chosen.name
     category = f"{name}/{policy or 'plain'}"  # the same whether it could be judged or not
@@ -48,21 +63,28 @@ def check(chosen: Chosen, policy: str | None, numeric: bool, unknown: Unknown, f
     def unjudged(why: str) -> None:  # or the files of an earlier run would speak for this one
         files.write(Report.unjudged(name, policy, why), file_of(name), category)
 
-    with judging(unjudged):
+    with judging(unjudged, traceback):
+        files = files.withdrawn()
         model = create(chosen)
         given = inputs_of(model, chosen)
         report = check_completeness(model, given, policy=policy, numeric=numeric, unknown=unknown)
-    with judging():
+    with judging(traceback=traceback):
         files.write(report, definition(model) or file_of(name), category)
     show(report if sys.stdout.isatty() else Text(str(report)))
     return report.exit_code
 
 
 def derive(
-    chosen: Chosen, policy: str, alternatives: int, unknown: Unknown, save: Path | None
+    chosen: Chosen,
+    policy: str,
+    alternatives: int,
+    unknown: Unknown,
+    save: Path | None,
+    traceback: bool = False,
 ) -> None:
     """Derive a plan, write and print it."""
-    with judging():
+    with judging(traceback=traceback):
+        save = withdraw(save)
         model = create(chosen, otherwise="meta")
         given = inputs_of(model, chosen)
         with progress("deriving"):
@@ -70,13 +92,14 @@ def derive(
                 model, given, policy=policy, alternatives=alternatives, unknown=unknown
             )
         if save is not None:
-            plan.save(save)
+            with replacing(save) as beside:
+                plan.save(beside)
     show(Text(str(plan)))
 
 
-def campaign(examples: int, jobs: int, seed: int, out: Path | None) -> int:
+def campaign(examples: int, jobs: int, seed: int, out: Path | None, traceback: bool = False) -> int:
     """Run a campaign and print its summary; the exit code."""
-    with judging():
+    with judging(traceback=traceback):
         require("hypothesis", "fuzz")
         from ..testing.campaign import Campaign, summary
 

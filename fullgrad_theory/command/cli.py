@@ -18,6 +18,8 @@ from .options import (
     Inputs,
     Name,
     Pretrained,
+    Reporting,
+    Traceback,
     Unknown,
     Weights,
     fit_methods,
@@ -55,7 +57,7 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(cls=Reporting)
 def check(
     name: Name,
     inputs: Inputs = None,
@@ -80,16 +82,17 @@ def check(
     weights: Weights = None,
     pretrained: Pretrained = False,
     unknown: IfUnknown = Unknown.ERROR,
+    traceback: Traceback = False,
 ) -> None:
     """Check a model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, weights, pretrained, device, dtype)
     files = checking.Files(json, sarif, junit)
-    raise typer.Exit(checking.check(chosen, policy, numeric, unknown, files))
+    raise typer.Exit(checking.check(chosen, policy, numeric, unknown, files, traceback))
 
 
-@app.command()
+@app.command(cls=Reporting)
 def derive(
     name: Name,
     inputs: Inputs = None,
@@ -104,15 +107,16 @@ def derive(
     ] = 0,
     device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
+    traceback: Traceback = False,
 ) -> None:
     """Derive the edits that a policy makes to a model's backward pass, and show why."""
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, device=device)
-    checking.derive(chosen, policy, alternatives, unknown, save)
+    checking.derive(chosen, policy, alternatives, unknown, save, traceback)
 
 
-@app.command()
+@app.command(cls=Reporting)
 def explain(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image file.")],
     name: Annotated[
@@ -136,12 +140,13 @@ def explain(
     weights: Weights = None,
     pretrained: Pretrained = False,
     device: Device = None,
+    traceback: Traceback = False,
 ) -> None:
     """Draw what an image's places contribute to a class: methods x policies in one picture."""
     from . import explaining, making
 
     chosen = making.Chosen(name, inputs, weights, pretrained, device)
-    explaining.explain(chosen, image, method, policy, target, out)
+    explaining.explain(chosen, image, method, policy, target, out, traceback)
 
 
 @app.command()
@@ -163,7 +168,7 @@ def operators() -> None:
     page.operators()
 
 
-@app.command()
+@app.command(cls=Reporting)
 def fuzz(
     examples: Annotated[int, typer.Option(min=1, help="How many architectures.")] = 200,
     jobs: Annotated[int, typer.Option(min=1, help="How many processes.")] = 1,
@@ -174,8 +179,9 @@ def fuzz(
             callback=fits_folder, help="Keep state, failures and a summary there; resumes."
         ),
     ] = None,
+    traceback: Traceback = False,
 ) -> None:
     """Check this library on random architectures; exit code 0 where every property holds."""
     from . import checking
 
-    raise typer.Exit(checking.campaign(examples, jobs, seed, out))
+    raise typer.Exit(checking.campaign(examples, jobs, seed, out, traceback))

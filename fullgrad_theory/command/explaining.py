@@ -17,6 +17,7 @@ from ..extras import require
 from .making import Chosen, create, inputs_of
 from .page import judging, show, table
 from .picture import class_name, draw, read, see
+from .writing import replacing, withdraw
 
 
 def explain(
@@ -26,9 +27,13 @@ def explain(
     policies: list[str],
     target: int | None,
     out: Path,
+    traceback: bool = False,
 ) -> None:
     """Draw the maps of an image into one picture, and print what they leave over."""
-    with judging():
+    with judging(traceback=traceback):
+        if out.resolve() == image.resolve():
+            raise InputError(f"{str(out)!r} is the image itself; name another file to write to")
+        place = withdraw(out) or out
         for module, extra in (("timm", "vision"), ("matplotlib", "plots")):
             require(module, extra)  # before there is work to be lost
         opened = read(image)
@@ -50,7 +55,8 @@ def explain(
         meant = "the output" if one.target is None else class_name(model, int(one.target[0]))
         share = "" if one.target is None else f", probability {float(likely[0, one.target[0]]):.3g}"
         title = f"{chosen.name}: {meant}, value {float(one.output[0]):.4g}{share}"
-        draw(seen, maps, title, out)
+        with replacing(place) as beside:
+            draw(seen, maps, title, beside)
     show(Text(title), _errors(maps), Text(f"written to {out}"))
 
 

@@ -13,6 +13,7 @@ from ..bars import progress
 from ..errors import InputError, unknown_name
 from ..extras import require
 from ..graph.door import Model, default_inputs, home
+from ..graph.sources import said
 from .options import Dtype, Shape, draw
 from .target import is_target, load
 
@@ -81,9 +82,11 @@ def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
     """Whatever timm, its download or a checkpoint raises is the user's error, in one line."""
     try:
         return load(*args, **kwargs)
-    except Exception as error:
-        said = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-        raise InputError(f"cannot load {args[-1]}: {type(error).__name__}: {said}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        words = " ".join(line.strip() for line in said(error).strip().splitlines()[:2])
+        raise InputError(f"cannot load {args[-1]}: {type(error).__name__}: {words}") from error
 
 
 def inputs_of(model: Model, chosen: Chosen) -> tuple[Tensor, ...]:

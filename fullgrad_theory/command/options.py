@@ -10,12 +10,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import FullgradError, InputError, unknown_name
+from .writing import named_by, withdraw
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +56,13 @@ class Shape:
         """`'1,3,224,224'` or `'2,16:int64'`; raises `InputError`."""
         sizes, _, kind = text.partition(":")
         numbers = [part.strip() for part in sizes.split(",")]
-        if not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise InputError(f"{text!r} is no shape; write sizes above 0 like 1,3,224,224")
-        return cls(tuple(map(int, numbers)), _dtype(kind) if kind else None)
+        known = all(n.isdecimal() and len(n) < 19 and int(n) > 0 for n in numbers)
+        if not known or text.endswith(":"):
+            raise InputError(f"{text[:80]!r} is no shape; write sizes above 0 like 1,3,224,224")
+        shape = cls(tuple(map(int, numbers)), _dtype(kind) if kind else None)
+        if prod(shape.sizes) >= 2**48:
+            raise InputError(f"{text[:80]!r} has more elements than any memory holds")
+        return shape
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -80,6 +87,8 @@ def draw(
 
     def one(shape: Shape) -> Tensor:
         kind = shape.dtype or dtype
+        if device.type == "meta":
+            return torch.zeros(shape.sizes, dtype=kind, device=device)
         if kind.is_floating_point or kind.is_complex:
             wide = torch.complex64 if kind.is_complex else torch.float32
             tensor = torch.randn(shape.sizes, generator=generator, dtype=wide)
@@ -87,7 +96,33 @@ def draw(
             tensor = torch.randint(0, 2, shape.sizes, generator=generator)
         return tensor.to(device, kind)
 
-    return tuple(map(one, shapes))
+    def checked(shape: Shape) -> Tensor:
+        need, there = prod(shape.sizes) * (shape.dtype or dtype).itemsize, _memory()
+        words = ",".join(map(str, shape.sizes))
+        if device.type == "cpu" and there and need > there:
+            raise InputError(
+                f"--input {words} takes {need / 2**30:.3g} GiB, and this machine has "
+                f"{there / 2**30:.3g}: make it smaller, or choose --device meta"
+            )
+        try:
+            return one(shape)
+        except (RuntimeError, TypeError) as error:  # a quantised dtype, or one without kernels
+            if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+                raise
+            raise InputError(
+                f"--input {words}: no values of {shape.dtype or dtype} can be drawn; try float32, "
+                "int64 or bool"
+            ) from error
+
+    return tuple(map(checked, shapes))
+
+
+def _memory() -> int:
+    """Bytes of memory that the machine has; 0 where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 # --------------------------------------------------------------------------- the door
@@ -173,6 +208,29 @@ def _shape(text: str) -> Shape:
         raise typer.BadParameter(str(error)) from None
 
 
+class Reporting(TyperCommand):
+    """A command whose mistakes in the options are one line, as all else that goes wrong; no report
+    of an earlier run outlives them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.Exit:  # --help
+            raise
+        except Exception as error:
+            for path in named_by(("--json", "--sarif", "--junit"), given):
+                withdraw(path)
+            if not hasattr(error, "format_message"):
+                raise
+            from .page import error_line
+
+            error_line(
+                f"{' '.join(error.format_message().split())} (see {ctx.command_path} --help)"
+            )
+            raise typer.Exit(2) from None
+
+
 # --------------------------------------------------------------------------- options
 
 Name = Annotated[
@@ -210,6 +268,9 @@ Device = Annotated[
 As = Annotated[
     Dtype | None,
     typer.Option(help="Cast the model; residuals are taken in float64 anyway."),
+]
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="Show the Python traceback behind an error, too.")
 ]
 IfUnknown = Annotated[
     Unknown, typer.Option(help="Operations nobody registered: an error, or measured.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import print_exception
 from typing import Any
 
 import typer
@@ -19,9 +22,17 @@ WIDTH = 100
 """columns at most, as a report has them"""
 
 
+class _Console(Console):
+    """A reader that has seen enough (`| head -1`) is no verdict: the exit code stays."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def show(*parts: Any) -> None:
     """Print to stdout, `WIDTH` wide at most."""
-    console = Console()
+    console = _Console()
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     for part in parts:
         console.print(part)
@@ -35,28 +46,69 @@ def table(*columns: str, unbroken: str = "") -> Table:
     return made
 
 
+INTERRUPTED = 130
+"""the exit code after Ctrl-C: not 1, which is a verdict"""
+
+
 @contextmanager
-def judging(record: Callable[[str], None] = lambda why: None) -> Iterator[None]:
-    """Anything that keeps a model from being judged is one message, recorded, and exit code 2."""
+def judging(
+    record: Callable[[str], None] = lambda why: None, traceback: bool = False
+) -> Iterator[None]:
+    """Anything that keeps a model from being judged is one message, recorded, and exit code 2.
+
+    That is whatever the user's code raises, `sys.exit(0)` included. `traceback`: show it as well.
+    """
     try:
         yield
         return
-    except (FullgradError, OSError) as error:
-        why = str(error)
-    except Exception as error:
-        if not _out_of_memory(error):
-            raise
-        why = "out of memory; --no-numeric needs less, and --device meta next to none"
-    record(why)
+    except KeyboardInterrupt:
+        why, code = "interrupted", INTERRUPTED
+    except BaseException as error:  # noqa: BLE001  no exit code of theirs is a verdict
+        why, code = _said(error), 2
+        if traceback:
+            print_exception(error)
+    try:
+        record(why)
+    except OSError as error:
+        why = f"{why} (and this could not be written down: {error})"
+    error_line(why)
+    raise typer.Exit(code)
+
+
+def _said(error: BaseException) -> str:
+    """What kept a model from being judged, in words for the one line."""
+    from ..graph.sources import first_line, raised_at
+
+    if _out_of_memory(error):
+        return "out of memory; --no-numeric needs less, and --device meta next to none"
+    if isinstance(error, FullgradError | OSError):
+        return str(error)
+    at = raised_at(error)
+    if at:
+        return f"{first_line(error)} (at {at})"
+    return (
+        f"an error of this library, please report it with what --traceback shows: "
+        f"{first_line(error)}"
+    )
+
+
+def error_line(why: str) -> None:
+    """The one red line to stderr."""
     Console(stderr=True, soft_wrap=True).print(Text(f"error: {why}", style="red"))
-    raise typer.Exit(2)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Of the machine or of a device."""
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Of the machine or of a device, also where an error of ours came of that."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+    from ..graph.sources import said
+
+    while error is not None:
+        lacking = "not enough memory" in said(error) and isinstance(error, RuntimeError)
+        if lacking or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        error = error.__cause__
+    return False
 
 
 # --------------------------------------------------------------------------- lists

@@ -8,20 +8,18 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import InputError
 from ..graph.door import Model
-from ..graph.sources import first_line, shorten
+from ..graph.foreign import met, told
+from ..graph.sources import shorten
 
 
 def is_target(name: str) -> bool:
@@ -71,7 +69,7 @@ def _split(target: str) -> tuple[str, str]:
 def _made(found: Any, target: str) -> Model:
     """A model from an attribute: itself, or what it returns."""
     if isinstance(found, nn.Module):
-        return found.eval()
+        return _in_eval_mode(found, target)
     if not callable(found):
         raise InputError(
             f"{target} is {_kind(found)}; name an nn.Module, or a class or a function that makes "
@@ -80,6 +78,9 @@ def _made(found: Any, target: str) -> Model:
     if inspect.isclass(found) and not issubclass(found, nn.Module):
         raise InputError(f"{target} is a class, but not one of nn.Module")
     parameters = _parameters(found)
+    if parameters is not None and inspect.isclass(found):
+        # a class without an __init__ has nn.Module's, which takes *args and needs none
+        parameters = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
     if parameters is None or any(map(_needed, parameters)):
         if inspect.isclass(found):
             raise InputError(
@@ -89,12 +90,19 @@ def _made(found: Any, target: str) -> Model:
         return found
     made = _run(found, f"{target} cannot be called")
     if isinstance(made, nn.Module):
-        return made.eval()
+        return _in_eval_mode(made, target)
     if not parameters:
         raise InputError(
             f"{target}() returns {_kind(made)}: a function without arguments must make an nn.Module"
         )
     return found
+
+
+def _in_eval_mode(model: nn.Module, target: str) -> nn.Module:
+    """The user's class may have an eval() of its own, one that returns nothing."""
+    with met(f"{target} does not take eval()"):
+        model.eval()
+    return model
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
@@ -131,16 +139,15 @@ def _module(name: str) -> ModuleType:
         here = [m.name for m in pkgutil.iter_modules([str(Path.cwd())])]
         raise InputError(f"there is no module {name!r} here; {_near(name, here)}")
     try:
-        return importlib.import_module(name)
+        with met(f"cannot import {name}", unless=(ModuleNotFoundError,)):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name + ".").startswith(error.name + "."):
             parent, _, last = error.name.rpartition(".")
             beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []))
             near = _near(last, [m.name for m in beside])
             raise InputError(f"there is no module {error.name!r}; {near}") from None
-        raise InputError(_failed(f"cannot import {name}", error)) from error
-    except (Exception, SystemExit) as error:
-        raise InputError(_failed(f"cannot import {name}", error)) from error
+        raise InputError(told(f"cannot import {name}", error)) from error
 
 
 def _file(path: Path) -> ModuleType:
@@ -167,38 +174,8 @@ def _file(path: Path) -> ModuleType:
 
 
 def _run(call: Callable[[], Any], what: str) -> Any:
-    try:
+    with met(what):
         return call()
-    except (Exception, SystemExit) as error:
-        raise InputError(_failed(what, error)) from error
-
-
-def _failed(what: str, error: BaseException) -> str:
-    at = _raised_at(error)
-    return f"{what}: {first_line(error)}" + (f" (at {at})" if at else "")
-
-
-_OURS = (f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parent}/")
-_STANDARD = (sysconfig.get_path("stdlib"), "<")
-
-
-def _distance(file: str) -> int:
-    """0 for the user's own code, 1 for a library, 2 for torch, this package and Python itself."""
-    if file.startswith(_OURS):
-        return 2
-    if {"site-packages", "dist-packages"} & set(Path(file).parts):
-        return 1
-    return 2 if file.startswith(_STANDARD) else 0
-
-
-def _raised_at(error: BaseException) -> str:
-    """The innermost line of the user's code, rather than of a library they call."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{shorten(error.filename)}:{error.lineno}"
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    least = min((_distance(file) for file, _ in frames), default=2)
-    theirs = [f"{shorten(file)}:{line}" for file, line in frames if _distance(file) == least]
-    return theirs[-1] if least < 2 else ""
 
 
 def _written_in(value: Any, module: ModuleType) -> bool:

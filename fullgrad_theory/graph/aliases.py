@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
 from .fakes import fake_call
@@ -122,5 +123,9 @@ def _congruent(base: fx.Node, view: fx.Node) -> bool:
     a, b = base.meta.get("val"), view.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
-    same = a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-    return same and bool(a.storage_offset() == b.storage_offset())
+    if a.dtype != b.dtype or a.dim() != b.dim():
+        return False
+    # where values decide a size, what holds for some of them is not asked for
+    known = sym_eq((a.shape, a.stride()), (b.shape, b.stride()))
+    offsets = sym_eq(a.storage_offset(), b.storage_offset())
+    return statically_known_true(known) and statically_known_true(offsets)

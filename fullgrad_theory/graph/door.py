@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, TrainingModeError
+from .modes import acts_in_training
 from .sources import is_users, shorten
 
 Model = nn.Module | Callable[..., Any]
@@ -158,11 +159,12 @@ def as_module(model: Model) -> nn.Module:
     wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile
     beside = wrapped.beside if isinstance(wrapped, _Function) else set()
     for path, module in wrapped.named_modules():
-        if module.training and path.split(".")[0] not in beside:
+        if module.training and path.split(".")[0] not in beside and acts_in_training(module):
             what = f"its submodule {path!r}" if path else "it"
             raise TrainingModeError(
-                f"{name_of(model)} is in training mode ({what} has training=True): dropout "
-                "and batch norm then depend on chance or on the batch; call model.eval() first"
+                f"{name_of(model)} is in training mode ({what} has training=True, and its code "
+                "asks for that): dropout and batch norm then depend on chance or on the batch; "
+                "call model.eval() first"
             )
     return wrapped
 
@@ -216,6 +218,28 @@ def split_inputs(model: Model, inputs: Inputs) -> tuple[tuple[Any, ...], dict[st
         f"inputs must be a tensor, a tuple of arguments or a dict of keywords, not "
         f"{type(inputs).__name__}"
     )
+
+
+def mixes_dtypes(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a floating-point input has another dtype than the model's first parameter."""
+    holds = isinstance(model, nn.Module) and any(p.is_floating_point() for p in model.parameters())
+    given = {t.dtype for t in tensors_of(args, kwargs) if t.is_floating_point()}
+    return holds and bool(given - {home(model)[1]})
+
+
+def misfit(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What of device and dtype does not fit, and the way out; "" where both do."""
+    device, dtype = home(model)
+    elsewhere = {t.device for t in tensors_of(args, kwargs)} - {device}
+    if isinstance(model, nn.Module) and any(True for _ in model.parameters()) and elsewhere:
+        there = ", ".join(map(str, elsewhere))
+        return f"the model is on {device} and an input on {there}: move one with .to()"
+    if mixes_dtypes(model, args, kwargs):
+        given = {t.dtype for t in tensors_of(args, kwargs) if t.is_floating_point()} - {dtype}
+        names = ", ".join(str(d).removeprefix("torch.") for d in given)
+        own = str(dtype).removeprefix("torch.")
+        return f"the model is {own} and an input {names}: pass x.to(torch.{own})"
+    return ""
 
 
 def tensors_of(*trees: Any) -> Iterator[Tensor]:

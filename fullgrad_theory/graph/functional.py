@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..errors import TraceError
 from ..operators.calls import bind, target_name
+from ..operators.inplace import Emitted, functional
 from ..operators.registry import lookup
 from ..operators.views import View
 from .aliases import Alias, Aliases
@@ -83,7 +84,7 @@ class _Emitter:
             target, source = node.args[:2]
             cast = self.emit(aten.type_as.default, (source, target), {}, node)
             return self.emit(aten.expand_as.default, (cast, target), {}, node)
-        return self.emit(_functional(node), node.args, node.kwargs, node)
+        return self.emit(*_functional(node), node)
 
     def cast(self, value: fx.Node, target: fx.Node) -> fx.Node:
         """A write keeps the dtype of the memory it goes to."""
@@ -214,25 +215,12 @@ class _Rewriter:
 # --------------------------------------------------------------------------- what torch says
 
 
-def _functional(node: fx.Node) -> Any:
-    """The overload that computes what an in-place one writes to its first argument."""
-    target: Any = node.target
-    if target is aten.zero_.default:  # aten.zero has no derivative
-        return aten.zeros_like.default
-    name = target._schema.name.split("::")[1]
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
-    # by its signature: pow_.Scalar is pow.Tensor_Scalar, and pow.Scalar something else
-    fitting = [o for o in overloads if not o._schema.is_mutable and _takes(o) == _takes(target)]
-    written = [a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments]
-    alone = written[0] and not any(written[1:]) and isinstance(node.args[0], fx.Node)
-    if not fitting or not alone or name in ("as_strided_", "resize_", "set_"):
-        raise _refusal(node, f"{target} writes in place and has no functional form here")
-    return fitting[0]
-
-
-def _takes(target: Any) -> list[tuple[str, str]]:
-    return [(a.name, str(a.type)) for a in target._schema.arguments]
+def _functional(node: fx.Node) -> Emitted:
+    """The call that computes what an in-place one writes to its first argument."""
+    found = functional(node)
+    if found is None:
+        raise _refusal(node, f"{node.target} writes in place and has no functional form here")
+    return found
 
 
 def _makes_view(target: Any) -> bool:

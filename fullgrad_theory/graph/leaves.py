@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InputError, TraceError, unknown_name
+from .sources import first_line
 
 LeafSpec = type[nn.Module] | type[Function] | str
 """what is kept whole: a module class, an autograd.Function, or the path of a module"""
@@ -276,8 +277,8 @@ def _sharing_copy(path: str, module: nn.Module) -> nn.Module:
     tensors: Any = [*module.parameters(), *module.buffers()]
     try:
         return copy.deepcopy(module, {id(t): t for t in tensors})
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"leaf {path!r} cannot be copied: {error}") from error
+    except Exception as error:
+        raise InputError(f"leaf {path!r} cannot be copied: {first_line(error)}") from error
 
 
 def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError
 from ..operators.algebra import Algebra
 from ..operators.calls import bind, target_name
+from ..operators.inplace import STEPS
 from ..operators.record import Operator
 from ..operators.registry import lookup
 from ..operators.steps import with_bits_of
@@ -152,7 +153,9 @@ def unroll(module: fx.GraphModule) -> None:
         if mode is None or node.op != "call_function":
             continue
         record = lookup(target_name(node.target))
-        if record is not None and _opens(record, node):
+        if node.target in STEPS:
+            _splice(module, node, *_traced(STEPS[node.target], node, mode, False))
+        elif record is not None and _opens(record, node):
             _splice(module, node, *_steps(node, mode, record.algebra is not Algebra.COMPOSITE))
         elif record is not None and record.steps is not None and _moves(record, node):
             _write_beside(module, node, record.steps, mode)

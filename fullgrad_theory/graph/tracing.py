@@ -17,16 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import FullgradError, InputError, TraceError
+from .causes import never_traced, why
 from .computation import ComputationGraph, tensor_value
 from .door import (
     Inputs,
     Model,
     as_module,
     check_arguments,
+    misfit,
+    mixes_dtypes,
     modules_of,
     name_of,
     own_copy,
@@ -34,10 +38,11 @@ from .door import (
     tensors_of,
 )
 from .fakes import fake_mode, fill_fake_values
+from .foreign import without_page
 from .functional import functionalise
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, mutates, unroll
-from .sources import first_line, is_users, shorten
+from .sources import first_line, is_written_outside, shorten
 
 
 def trace(
@@ -61,18 +66,20 @@ def trace(
     if not any(t.numel() for t in tensors_of(args, kwargs)):
         raise InputError("inputs hold no tensor with elements; pass what the model's forward takes")
     check_arguments(module, model, args, kwargs)
+    _look_at(module, model, args, kwargs)
     kept_whole = Leaves(module, leaves)
     with kept(module), muted(), torch.inference_mode(False):
         program, dynamic = _export(module, model, args, kwargs, kept_whole)
-    unlifted = program.module()
-    inline_regions(unlifted)
-    kept_whole.write(unlifted)
-    unroll(unlifted)
-    drop_assertions(unlifted)
-    kept_whole.check_writes(any(mutates(n) for n in unlifted.graph.nodes))
-    functionalise(unlifted)
-    fill_fake_values(unlifted)
     name = name_of(model)
+    with _told_of(module, name):
+        unlifted = program.module()
+        inline_regions(unlifted)
+        kept_whole.write(unlifted)
+        unroll(unlifted)
+        drop_assertions(unlifted)
+        kept_whole.check_writes(any(mutates(n) for n in unlifted.graph.nodes))
+        functionalise(unlifted)
+        fill_fake_values(unlifted)
     graph = GraphModule(unlifted, unlifted.graph, name)
     graph.eval()
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -84,6 +91,26 @@ def trace(
     if any(isinstance(s, int) and s == 0 for shape in shapes for s in shape):
         raise InputError(f"{name} returns an empty tensor for these inputs; pass larger ones")
     return traced
+
+
+@contextmanager
+def _told_of(module: nn.Module, name: str) -> Iterator[None]:
+    """What torch says of a size that values decide is an error of ours."""
+    try:
+        yield
+    except GuardOnDataDependentSymNode as error:
+        raise TraceError(f"the graph of {name} cannot be judged: {why(error, module)}") from error
+
+
+def _look_at(
+    module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse before any trace what none would survive, and inputs of a dtype that does not fit."""
+    refused = never_traced(module)
+    if refused:
+        raise TraceError(f"{name_of(model)} cannot be traced: {refused}")
+    if mixes_dtypes(model, args, kwargs):  # a fake tensor would not mind
+        need_to_run(module, model, args, kwargs)
 
 
 # --------------------------------------------------------------------------- the export
@@ -115,14 +142,16 @@ def _export(
             program = _callexport(module, more, named, shapes, leaves)
             if _any_batch(program) and _same_calls(module, more, named):
                 return program, True
-        except Exception:  # noqa: BLE001  the plain export below reports what is really wrong
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001  the plain export below reports what is really wrong
             pass
     try:
         return _callexport(module, args, kwargs, None, leaves), False
-    except FullgradError:
+    except (FullgradError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise _explain(module, model, args, kwargs, error) from error
+    except BaseException as error:  # noqa: BLE001  sys.exit(0) in a forward included
+        raise _explain(module, model, args, kwargs, error) from without_page(error)
 
 
 def _callexport(
@@ -250,28 +279,38 @@ def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return model(*given, **named)
     finally:
         for tensor, value in held:
-            if not torch.equal(tensor, value):
+            if not tensor.is_meta and not torch.equal(tensor, value):
                 tensor.data.copy_(value)
 
 
 def _explain(
-    module: nn.Module, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
-) -> Exception:
-    """The user's error behind an export failure: wrong inputs, or control flow on data."""
-    shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(args, kwargs))
+    module: nn.Module,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    error: BaseException,
+) -> TraceError:
+    """The user's error behind an export failure; raises where the model itself does not run."""
+    need_to_run(module, model, args, kwargs)
+    return TraceError(
+        f"torch.export refuses {name_of(model)}{_place(module, error)}: {why(error, module)}"
+    )
+
+
+def need_to_run(module: Model, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `InputError` where the model itself, without any trace, refuses the inputs."""
     try:
         with torch.no_grad():
             untouched(module, args, kwargs)
-    except Exception as own:  # noqa: BLE001  the model itself refuses the inputs
-        return InputError(
-            f"{name_of(model)} does not run on inputs of shape {shapes}: {first_line(own)}"
-            f"{_place(module, own)}; pass inputs that model(*inputs) accepts"
-        )
-    return TraceError(
-        f"torch.export refuses {name_of(model)}: {first_line(error)}{_place(module, error)}; the "
-        "usual cause is Python control flow that depends on a tensor's values: make the branch a "
-        "torch.where, or trace the layers on either side of it"
-    )
+    except KeyboardInterrupt:
+        raise
+    except BaseException as own:  # noqa: BLE001  it is the user's code that runs
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of(args, kwargs))
+        place = _place(module, own) if isinstance(module, nn.Module) else ""
+        raise InputError(
+            f"{name_of(model)} does not run on inputs of shape {shapes}: {first_line(own)}{place}; "
+            f"{misfit(model, args, kwargs) or 'pass inputs that model(*inputs) accepts'}"
+        ) from without_page(own)
 
 
 def _place(module: nn.Module, error: BaseException) -> str:
@@ -283,7 +322,7 @@ def _place(module: nn.Module, error: BaseException) -> str:
         frame = trace_back.tb_frame
         path = paths.get(id(frame.f_locals.get("self")), path)
         file = frame.f_code.co_filename
-        if is_users(file) and not file.startswith("<"):
+        if is_written_outside(file):
             line = f"{shorten(file)}:{trace_back.tb_lineno}"
         trace_back = trace_back.tb_next
     where = ", ".join(filter(None, (path and f"in {path}", line and f"at {line}")))

@@ -22,6 +22,7 @@ from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model
 from ..graph.leaves import LeafSpec
 from ..graph.tracing import trace
+from ..graph.walking import Walker
 from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..operators.record import Operator
@@ -80,7 +81,7 @@ def measure(graph: ComputationGraph, seed: int = 0) -> ComputationGraph:
         )
     found: dict[str, Operator] = {}
 
-    class Capture(fx.Interpreter):
+    class Capture(Walker):
         """Runs the model, and measures the calls asked for at the values that reach them."""
 
         def run_node(self, n: fx.Node) -> Any:

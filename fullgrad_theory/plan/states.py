@@ -164,7 +164,7 @@ def _called(walk: Walk, node: fx.Node) -> States:
             return (State.LIVE,)
         if not is_float(node):
             walk.ids.add(node.name)
-    if not moves and known is None and _is_random(node):
+    if known is None and _is_random(node):
         raise TrainingModeError(
             f"{walk.graph.describe(node.name)} is random: two runs differ, and no verdict holds "
             "for both; draw it outside of the model and pass it in, or keep it in a buffer"
