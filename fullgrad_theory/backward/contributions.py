@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..graph.computation import ComputationGraph, tensor_value
-from ..graph.door import Inputs, Model, split_inputs
+from ..graph.door import Inputs, Model, Names, split_inputs
+from ..graph.outputs import Selection
 from ..operators.algebra import Algebra
 from ..operators.calls import Call
 from ..plan.labelling import Degrees, degrees
+from ..plan.measuring import refuse_chosen
 from .balanced import Balanced, balance
 from .running import Run, finite_products
 
@@ -39,19 +41,32 @@ class FullGrad:
 
 @torch.inference_mode(False)
 def fullgrad(
-    model: Model | Balanced, inputs: Inputs = None, target: int | Sequence[int] | None = None
+    model: Model | Balanced,
+    inputs: Inputs = None,
+    target: int | Sequence[int] | None = None,
+    *,
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> FullGrad:
     """Split an output into contributions of input and bias leaves (Srinivas & Fleuret 2019).
 
     `model`: a balanced model, or any model for its plain gradient. `target`: an index (or one a
     dimension) into the output behind the batch dimension, for all samples; None: the largest.
+    `output`, `constant` and `explain` as in `trace`, for a model that is not balanced yet.
     Raises `InputError` for a target out of range.
     """
-    balanced = model if isinstance(model, Balanced) else balance(model, inputs, "plain")
+    if isinstance(model, Balanced):
+        refuse_chosen("a balanced model", output, constant, explain)
+        balanced = model
+    else:
+        balanced = balance(
+            model, inputs, "plain", output=output, constant=constant, explain=explain
+        )
     graph = balanced.graph
     if graph is None:
         raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
-    args, kwargs = split_inputs(graph.model, inputs)
+    args, kwargs = balanced.arranged(*split_inputs(graph.model, inputs))
     labels = degrees(graph, balanced.plan.edits)
     batch_dims = {key: _batch_dim(graph, *at) for key, at in _leaf_places(graph, labels).items()}
     size = next(t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -154,7 +169,7 @@ def _leaf_names(call: Call) -> str:
     labels = []
     for name in operator.bias_operands(call):
         operand = next(o for o in call.operands if o.name == name)
-        if operand.node is not None and operand.node.op == "get_attr":
+        if operand.node is not None and operand.node.op in ("get_attr", "placeholder"):
             labels.append(str(operand.node.target))
         else:
             labels.append(name if operand.node is not None else f"{name}={operand.literal:g}")

@@ -134,7 +134,9 @@ def _walk(graph: ComputationGraph) -> Walk:
     walk = Walk(graph)
     for node in graph.fx.graph.nodes:
         state: States = (State.CONSTANT,)
-        if node.op == "placeholder" and is_float(node):
+        if node.name in graph.held:
+            pass  # as a buffer would be
+        elif node.op == "placeholder" and is_float(node):
             walk.sources.append(node.name)
             state = (State.LIVE,)
         elif node.op == "placeholder" and holds_tensor(node):
