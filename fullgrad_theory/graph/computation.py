@@ -29,8 +29,8 @@ class ComputationGraph:
     `args`, `kwargs` are the example inputs; `dynamic` says whether the batch size was left open.
     `measured`: node -> what `blackbox.measure` found of an operation that nobody registered.
     `held`: the inputs that are held constant. `reading`: what of the model's output is judged,
-    which is what `fx` returns; `whole` returns the rest as well, None where there is none. `form`: the
-    containers of the inputs that `args` and `kwargs` have as plain ones.
+    which is what `fx` returns; `whole` returns the rest as well, None where there is none. `form`:
+    the containers of the inputs that `args` and `kwargs` have as plain ones.
     """
 
     fx: GraphModule

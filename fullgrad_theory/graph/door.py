@@ -309,6 +309,7 @@ def _listed(names: Names) -> list[str]:
 def _named(names: Sequence[str], name: str, keyword: str) -> list[int]:
     found = [i for i, path in enumerate(names) if f"{path}.".startswith(f"{name}.")]
     found = found or [i for i, path in enumerate(names) if name in path.split(".")]
+    found = found or [i for i, path in enumerate(names) if name == path.replace(".", "_")]
     if not found:
         raise unknown_name(f"input in {keyword}=", str(name), names)
     return found

@@ -29,8 +29,8 @@ from .plan import Plan, fingerprint
 from .problem import Problem
 from .solving import Edits, Solved
 from .spelling import spelled
-from .states import liveness
-from .words import compress, edit_words, obstacle_words
+from .states import integers_behind, liveness
+from .words import compress, edit_words, no_gradient_words, obstacle_words
 
 
 def derive_rules(
@@ -68,10 +68,9 @@ def derive_rules(
     graph = graph_of(model, inputs, leaves, unknown, output, constant, explain)
     problem, before = _problem(graph, chosen)
     if not problem.ends:
-        raise NoPlanError(
-            f"no output of {graph.name} carries gradient: all of them are constant, detached, "
-            "rounded or compared; judge a value from before that"
-        )
+        behind = [integers_behind(graph, before.live, output) for output in graph.outputs]
+        integers = tuple(dict.fromkeys(n for names in behind for n in names)) if all(behind) else ()
+        raise NoPlanError(no_gradient_words(graph.name, integers))
     _check_modules(graph, chosen)
     if not before.findings or chosen.idle:
         return _plan(problem, before, before, Edits(), True)
