@@ -16,8 +16,10 @@ from ..check.numeric import float_leaves
 from ..edits.costs import Policy
 from ..errors import InputError, unknown_name
 from ..graph.computation import ComputationGraph, tensor_value
-from ..graph.door import Inputs, Model
+from ..graph.door import Inputs, Model, Names
+from ..graph.outputs import Selection
 from ..plan.labelling import degrees
+from ..plan.measuring import refuse_chosen
 from ..plan.plan import Plan
 from .layouts import Cell
 from .map import Map, MethodResult
@@ -32,7 +34,8 @@ class Explainer:
 
     `inputs`: an example, left out where the model says what it takes. `policy`: the edits of the
     backward, None for the gradient as it is; a balanced model brings its own. A traced model saves
-    tracing again for every policy. Nothing of the model changes.
+    tracing again for every policy. `output` as in `trace`: the scores, (B, classes), where the
+    model returns more than these. Nothing of the model changes.
     """
 
     def __init__(
@@ -40,13 +43,25 @@ class Explainer:
         model: Model | Balanced | ComputationGraph,
         inputs: Inputs = None,
         policy: str | Policy | Plan | None = None,
+        *,
+        output: Selection = None,
+        constant: Names = (),
+        explain: Names | None = None,
     ) -> None:
         if isinstance(model, Balanced):
+            refuse_chosen("a balanced model", output, constant, explain)
             if policy is not None:
                 raise InputError("a balanced model has its edits; leave the policy out")
             balanced = model
         else:
-            balanced = balance(model, inputs, "plain" if policy is None else policy)
+            balanced = balance(
+                model,
+                inputs,
+                "plain" if policy is None else policy,
+                output=output,
+                constant=constant,
+                explain=explain,
+            )
         graph = balanced.graph
         if graph is None:
             raise InputError("a balanced model that was copied or loaded has no graph; balance()")
@@ -229,6 +244,8 @@ def explain(
     method: str = "fullgrad+",
     target: Target = None,
     policy: str | Policy | Plan | None = None,
+    *,
+    output: Selection = None,
 ) -> Map:
     """The map of images (B, C, H, W) by one method; see `Explainer`, which is faster for many."""
-    return Explainer(model, inputs, policy)(inputs, method, target)[method]
+    return Explainer(model, inputs, policy, output=output)(inputs, method, target)[method]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,10 @@ from ..edits.kinds import Edit
 from ..edits.writing import Writing
 from ..errors import InputError
 from ..graph.computation import ComputationGraph, tensor_value
-from ..graph.door import Inputs, Model
+from ..graph.door import Inputs, Model, Names
+from ..graph.forms import ordered_as, plain
 from ..graph.leaves import LeafSpec
+from ..graph.outputs import Selection
 from ..plan.derivation import derive_rules
 from ..plan.labelling import degrees
 from ..plan.measuring import graph_of as _graph
@@ -33,8 +36,14 @@ class Balanced(nn.Module):
 
     def __init__(self, graph: ComputationGraph, plan: Plan) -> None:
         super().__init__()
-        graph = fold(graph, plan.edits)
+        traced, graph = graph, fold(graph, plan.edits)
         self.fx = rewrite(graph, plan.edits)
+        self.whole: fx.GraphModule | None = None
+        """it with what is returned besides, and not judged"""
+        if traced.whole is not None:
+            every = replace(traced, fx=traced.whole, whole=None)
+            self.whole = rewrite(every, plan.edits, labelled=graph)
+        self._reading, self._form = graph.reading, graph.form
         self.plan = plan
         self.graph: ComputationGraph | None = graph
         self._shapes = [
@@ -44,35 +53,40 @@ class Balanced(nn.Module):
         ]
         function = graph.model.forward if isinstance(graph.model, nn.Module) else graph.model
         self._positional, self._keywords = len(graph.args), tuple(graph.kwargs)
+        self._example = pytree.tree_map(lambda leaf: None, (graph.args, graph.kwargs))
         self._names = _parameter_names(function)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.arranged(args, kwargs)
-        return self.fx(*args, **kwargs)
+        module = self.fx if self.whole is None else self.whole
+        return self._reading.returned(module(*args, **kwargs))
 
     def arranged(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as the graph takes them; raises `InputError` where they do not fit it."""
-        args, kwargs = self._as_traced(args, kwargs)
+        """The arguments in the form they were traced in: the graph takes them by position.
+
+        Raises `InputError` where they do not fit.
+        """
+        given = self._by_position(plain(args, any_leaf=True), plain(kwargs, any_leaf=True))
+        args, kwargs = ordered_as(self._example, given)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        for given, wanted in zip(tensors, self._shapes, strict=False):
-            fits = given.dim() == len(wanted) and all(
-                w is None or s == w for s, w in zip(given.shape, wanted, strict=True)
+        for tensor, wanted in zip(tensors, self._shapes, strict=False):
+            fits = tensor.dim() == len(wanted) and all(
+                w is None or s == w for s, w in zip(tensor.shape, wanted, strict=True)
             )
             if not fits:
                 shape = tuple("any" if w is None else w for w in wanted)
                 raise InputError(
                     f"this model was balanced for inputs of shape {shape}, got "
-                    f"{tuple(given.shape)}; call balance() again with inputs of that shape"
+                    f"{tuple(tensor.shape)}; call balance() again with inputs of that shape"
                 )
         return args, kwargs
 
-    def _as_traced(
+    def _by_position(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments in the form they were traced in: the graph takes them by position."""
         if len(args) == self._positional and tuple(kwargs) == self._keywords:
             return args, kwargs
         named = dict(zip(self._names, args, strict=False)) | kwargs
@@ -87,6 +101,8 @@ class Balanced(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         modules = self._modules | {"fx": _with_submodules(self.fx)}
+        if self.whole is not None:
+            modules["whole"] = _with_submodules(self.whole)
         return self.__dict__ | {"graph": None, "_modules": modules}  # fake tensors do not pickle
 
 
@@ -118,14 +134,18 @@ def balance(
     *,
     unknown: str = "error",
     leaves: Collection[LeafSpec] = (),
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> Balanced:
     """The model with a policy's (or a plan's) edits in its backward: an ordinary `nn.Module`.
 
     The forward is that of `model` bit for bit; any batch size that it takes is taken; nothing of it
-    changes. `unknown` as in `check_completeness`, `leaves` as in `trace`. Raises what `trace` and
-    `derive_rules` raise, and `PlanError`.
+    changes. It returns what the model returns, a cache in it as None; with `output=` what that
+    selects. `unknown` as in `check_completeness`; `leaves`, `output`, `constant` and `explain` as
+    in `trace`. Raises what `trace` and `derive_rules` raise, and `PlanError`.
     """
-    graph = _graph(model, inputs, leaves, unknown)
+    graph = _graph(model, inputs, leaves, unknown, output, constant, explain)
     plan = policy if isinstance(policy, Plan) else derive_rules(graph, policy=policy)
     return Balanced(graph, plan)
 
@@ -135,16 +155,17 @@ def rewrite(
     edits: tuple[Edit, ...],
     root: nn.Module | None = None,
     as_it_is: bool = False,
+    labelled: ComputationGraph | None = None,
 ) -> fx.GraphModule:
     """A copy of the graph with the edits written in, over the model's parameters or `root`'s.
 
     Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `scale`; a secant, a
     frozen norm, an attention with pruned weights and an integral have their own backward. Kernels
     that misread a cotangent are given it as they can read it, but where the graph is wanted
-    `as_it_is`.
+    `as_it_is`. `labelled`: the part of the graph that the edits are of.
     """
     graph = fold(graph, edits)
-    labels = cache(lambda: degrees(graph, edits))
+    labels = cache(lambda: degrees(labelled or graph, edits))
     writing = Writing(
         graph,
         edits,

@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, NonFiniteError
 from ..graph.computation import ComputationGraph, tensor_value
-from ..graph.door import Inputs, Model, split_inputs
+from ..graph.door import Inputs, Model, Names, split_inputs
+from ..graph.outputs import Selection
 from ..operators.algebra import Algebra
 from ..operators.calls import Call, is_ray
 from ..plan.labelling import Degrees, degrees
+from ..plan.measuring import refuse_chosen
 from .balanced import Balanced, balance
 from .running import Run, finite_products
 from .samples import Samples, first_not_finite, samples_of
@@ -57,15 +59,25 @@ def fullgrad(
     target: Target = None,
     *,
     batch: int | Literal["auto"] | None = "auto",
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> FullGrad:
     """Split an output into contributions of input and bias leaves (Srinivas & Fleuret 2019).
 
     `model`: a balanced model, or any model for its plain gradient. `target`: see `Target`; None is
     the largest entry of each sample. `batch`: the dimension of the inputs that holds samples; by
     default it is looked for, and where samples meet the whole is one; None says that it is. Of a
-    complex output the real part is split. Raises `InputError` and `NonFiniteError`.
+    complex output the real part is split. `output`, `constant` and `explain` as in `trace`, for a
+    model that is not balanced yet. Raises `InputError` and `NonFiniteError`.
     """
-    balanced = model if isinstance(model, Balanced) else balance(model, inputs, "plain")
+    if isinstance(model, Balanced):
+        refuse_chosen("a balanced model", output, constant, explain)
+        balanced = model
+    else:
+        balanced = balance(
+            model, inputs, "plain", output=output, constant=constant, explain=explain
+        )
     graph = balanced.graph
     if graph is None:
         raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
@@ -282,7 +294,7 @@ def _leaf_names(call: Call) -> str:
     labels = []
     for name in operator.bias_operands(call):
         operand = next(o for o in call.operands if o.name == name)
-        if operand.node is not None and operand.node.op == "get_attr":
+        if operand.node is not None and operand.node.op in ("get_attr", "placeholder"):
             labels.append(str(operand.node.target))
         else:
             labels.append(name if operand.node is not None else f"{name}={operand.literal:g}")

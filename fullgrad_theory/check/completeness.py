@@ -14,14 +14,15 @@ from ..bars import Tick, progress
 from ..edits.costs import Policy
 from ..errors import FullgradError, NonFiniteError, TraceError
 from ..graph.computation import ComputationGraph
-from ..graph.door import Inputs, Model, modules_of
+from ..graph.door import Inputs, Model, Names, modules_of
 from ..graph.foreign import without_page
 from ..graph.leaves import LeafSpec
+from ..graph.outputs import Selection
 from ..graph.sources import raised_at
 from ..graph.tracing import need_to_run
 from ..operators.calls import is_ray
 from ..plan.labelling import degrees
-from ..plan.measuring import graph_of
+from ..plan.measuring import graph_of, refuse_chosen
 from ..plan.plan import Plan
 from . import words
 from .copies import double_copies, double_inputs, jittered, perturb, widened
@@ -50,15 +51,19 @@ def check_completeness(
     leaves: Collection[LeafSpec] = (),
     beside: Collection[torch.dtype] = (torch.float32, torch.bfloat16),
     least_share: float = 0.0,
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> Report:
     """Whether the gradient of `model` (with a policy's edits, if given) is FullGrad-complete.
 
     Symbolic: every live node's class lemma over the degrees. Numeric (float64): every node's real
     backward under random cotangents, and <c, f> against <x, G_x> + sum <b, G_b> end to end, on
     parameters as they are and perturbed. `tolerance` is relative. `unknown="measure"` measures
-    operations that nobody registered as black boxes (verdict numeric at most); `leaves` as in
-    `trace`. Residuals in the dtypes `beside` are shown, not judged. With `least_share` an input
-    that gets less of the output makes the gradient incomplete: the sum is right, and says nothing.
+    operations that nobody registered as black boxes (verdict numeric at most). `leaves`, `output`,
+    `constant` and `explain` as in `trace`: what is not selected is not judged. Residuals in the
+    dtypes `beside` are shown, not judged. With `least_share` an input that gets less of the output
+    makes the gradient incomplete: the sum is right, and says nothing.
     Raises what `trace` raises, and `NonFiniteError`; what cannot be judged is reported.
     """
     bounds = Bounds(tolerance, least_share)
@@ -66,9 +71,12 @@ def check_completeness(
     with bar as tick, torch.inference_mode(False):
         tick("tracing", 0, 1)
         if isinstance(model, Balanced) and model.graph is not None:
+            refuse_chosen("a balanced model", output, constant, explain)
             graph, policy = model.graph, policy or model.plan
         else:
-            graph = graph_of(model, inputs, leaves, unknown)  # type: ignore[arg-type]
+            graph = graph_of(  # type: ignore[arg-type]
+                model, inputs, leaves, unknown, output, constant, explain
+            )
         tick("deriving", 0, 1)
         structure = structure_of(graph, policy)
         if numeric and graph.is_meta:
@@ -90,6 +98,9 @@ def assert_complete(
     seed: int = 0,
     unknown: str = "error",
     leaves: Collection[LeafSpec] = (),
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> Report:
     """The report of `check_completeness`, or `IncompleteError` (an AssertionError) with its brief.
 
@@ -98,7 +109,7 @@ def assert_complete(
     __tracebackhide__ = True  # pytest shows the caller's line
     report = check_completeness(
         model, inputs, policy=policy, numeric=numeric, tolerance=tolerance, seed=seed,
-        unknown=unknown, leaves=leaves,
+        unknown=unknown, leaves=leaves, output=output, constant=constant, explain=explain,
     )  # fmt: skip
     if not report.complete:
         raise IncompleteError(report.brief())

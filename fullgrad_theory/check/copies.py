@@ -96,8 +96,9 @@ def widened(module: fx.GraphModule) -> fx.GraphModule:
     """
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
-            for node in part.graph.nodes:
+            for node in list(part.graph.nodes):
                 _widen_node(node)
+                _widen_behind(node)
             part.recompile()
     return module
 
@@ -110,6 +111,20 @@ def _widen_node(node: fx.Node) -> None:
         return
     if value.dtype in WIDE:
         node.kwargs = {**node.kwargs, "dtype": WIDE[value.dtype]}
+
+
+def _widen_behind(node: fx.Node) -> None:
+    """Integers that become numbers (3 / 4) have the default dtype, which goes on in double."""
+    value = node.meta.get("val")
+    read = [n.meta.get("val") for n in node.all_input_nodes if holds_tensor(n)]
+    of_integers = bool(read) and not any(map(is_ray, pytree.tree_leaves(read)))
+    asked = any(isinstance(a, torch.dtype) for a in pytree.tree_leaves((node.args, node.kwargs)))
+    if not of_integers or asked or not isinstance(value, Tensor) or value.dtype not in WIDE:
+        return
+    with node.graph.inserting_after(node):
+        wider = node.graph.call_function(wide, (node,))
+    wider.meta["val"] = wide(value)
+    node.replace_all_uses_with(wider, lambda user: user is not wider)
 
 
 def _widen(argument: Any) -> Any:

@@ -114,11 +114,11 @@ def _own_gradient(
     leaves = [t.detach().clone().requires_grad_() if is_ray(t) else t for t in inputs]
     spec = pytree.tree_structure((graph.args, graph.kwargs))
     passed = pytree.tree_map_only(Tensor, Tensor.clone, leaves)  # the model may write to them
-    args, kwargs = pytree.tree_unflatten(passed, spec)
+    args, kwargs = graph.given(*pytree.tree_unflatten(passed, spec))
     named = zip(graph.placeholders, leaves, strict=False)
     given = {n.name: t for n, t in named if is_ray(t) and n.name in traced.by_source}
     with lifted():
-        outputs = float_leaves(model(*args, **kwargs))
+        outputs = graph.reading.tensors(model(*args, **kwargs))
         if [o.shape for o in outputs] != [c.shape for c in traced.cotangents]:
             return [], given, []
         grads = gradients(paired(traced.cotangents, outputs), [*given.values(), *learned.values()])
@@ -233,24 +233,27 @@ class Forward(Enum):
 def forward_beside(structure: Structure) -> Forward:
     """Whether the edited graph's forward is the model's, bit for bit, in the model's own dtype."""
     graph = structure.graph
-    args, kwargs = graph.args, graph.kwargs
     module = rewrite(graph, structure.edits)
+    args, kwargs = graph.given(graph.args, graph.kwargs)
+
+    def judged() -> list[Tensor]:
+        return graph.reading.tensors(untouched(graph.model, args, kwargs))
+
     with torch.no_grad(), met(f"{graph.name} does not run on its own inputs a second time"):
-        ours, theirs = module(*args, **kwargs), untouched(graph.model, args, kwargs)
-        if not all(bool(v.isfinite().all()) for v in float_leaves(theirs)):
+        ours, theirs = float_leaves(module(*graph.args, **graph.kwargs)), judged()
+        if not all(bool(v.isfinite().all()) for v in theirs):
             return Forward.NOT_FINITE
         if _same_bits(ours, theirs):
             return Forward.SAME_BITS
         with without_fast_path():
-            plain = untouched(graph.model, args, kwargs)
+            plain = judged()
         if _same_bits(ours, plain):
             return Forward.WITHOUT_FAST_PATH
-        again = untouched(graph.model, args, kwargs)
+        again = judged()
     return Forward.OTHER if _same_bits(plain, again) else Forward.RANDOM
 
 
-def _same_bits(ours: Any, theirs: Any) -> bool:
-    ours, theirs = float_leaves(ours), float_leaves(theirs)
+def _same_bits(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
 
 

@@ -91,6 +91,7 @@ def structure_of(graph: ComputationGraph, policy: str | Policy | Plan | None) ->
         ),
         notes=(
             *([words.no_mend(no_mend)] if no_mend else []),
+            *_beside(graph),
             *_black_boxes(folded, labels, judged),
             *(words.held_input(s) for s in unreached if s in unedited.alive),
         ),
@@ -137,11 +138,21 @@ def _unreached_outputs(graph: ComputationGraph, labels: Degrees) -> Iterator[str
             yield words.unreached_output(graph.describe(output.name), constant)
 
 
+def _beside(graph: ComputationGraph) -> Iterator[str]:
+    """What is not judged of the output, and held constant of the inputs."""
+    reading = graph.reading
+    if reading.aside or (reading.lost and reading.selection is None):
+        yield words.beside(reading.names, reading.aside, reading.lost)
+    if graph.held:
+        yield words.held_constant([n for n in graph.nodes if n in graph.held])
+
+
 def _refuse_infinite_leaves(graph: ComputationGraph) -> None:
     if graph.is_meta:
         return
     values = pytree.tree_leaves((graph.args, graph.kwargs))
-    inputs = [(p.name, v) for p, v in zip(graph.placeholders, values, strict=False)]
+    given = zip(graph.placeholders, values, strict=False)
+    inputs = [(p.name, v) for p, v in given if p.name not in graph.held]  # a mask's infinities
     for kind, leaves in (("input", inputs), ("parameter", graph.fx.named_parameters())):
         for name, tensor in leaves:
             if is_ray(tensor) and not bool(torch.isfinite(tensor).all()):

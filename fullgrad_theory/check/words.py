@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import isfinite
 
 import torch
@@ -47,6 +48,18 @@ def held_input(name: str) -> str:
         f"input {name!r} is held fixed by the plan, as a gate or a weight is: nothing is "
         "attributed to it"
     )
+
+
+def beside(judged: Iterable[str], aside: Iterable[str], lost: Iterable[str]) -> str:
+    rest = ", ".join([*aside, *lost])
+    return (
+        f"of what the model returns, {', '.join(judged)} is judged, and not {rest}; "
+        "output= (--output on the command line) chooses another"
+    )
+
+
+def held_constant(names: Iterable[str]) -> str:
+    return f"held constant: {', '.join(names)}; what they add counts among the biases"
 
 
 def unreaching_input(name: str) -> str:

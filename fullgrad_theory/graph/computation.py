@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from ..operators.calls import bind, operands, target_name
 from ..operators.record import Operator
 from .door import Model
+from .forms import Form
+from .outputs import Reading
 from .sources import module_path, source_line
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ class ComputationGraph:
 
     `args`, `kwargs` are the example inputs; `dynamic` says whether the batch size was left open.
     `measured`: node -> what `blackbox.measure` found of an operation that nobody registered.
+    `held`: the inputs that are held constant. `reading`: what of the model's output is judged,
+    which is what `fx` returns; `whole` returns the rest as well, None where there is none. `form`:
+    the containers of the inputs that `args` and `kwargs` have as plain ones.
     """
 
     fx: GraphModule
@@ -35,6 +40,10 @@ class ComputationGraph:
     dynamic: bool
     model: Model
     measured: Mapping[str, Operator] = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
+    reading: Reading = field(default_factory=Reading)
+    whole: GraphModule | None = None
+    form: Form | None = None
 
     @cached_property
     def nodes(self) -> dict[str, Node]:
@@ -83,6 +92,10 @@ class ComputationGraph:
                 else:
                     graph.add_edge(operand.name, node.name, arguments=(argument,))
         return graph
+
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Plain arguments as the model itself takes them."""
+        return (args, kwargs) if self.form is None else self.form.restored((args, kwargs))
 
     def describe(self, name: str) -> str:
         """`'gelu_3 (aten.gelu.default) in blocks.3.mlp.act, timm/layers/mlp.py:49'`."""

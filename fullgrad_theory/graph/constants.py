@@ -66,6 +66,8 @@ class Constants:
         return set().union(*(self.read_by(n) for n in node.all_input_nodes))
 
     def _evaluated(self, node: fx.Node) -> Any:
+        if node.name in self._graph.held:
+            return None  # another call may bring another value
         if self._moves(node) or node.op == "placeholder":
             return pytree.tree_map_only(Tensor, _lent, node.meta["val"])
         if node.op == "get_attr":

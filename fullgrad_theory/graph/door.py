@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from types import CellType, CodeType, FunctionType, MethodType
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, TrainingModeError
+from ..errors import InputError, TrainingModeError, unknown_name
+from .forms import Form, form_of, is_cache, leaves_of, plain, same_form
 from .modes import acts_in_training
 from .sources import is_users, shorten
 
@@ -205,15 +206,34 @@ def home(model: Model) -> tuple[torch.device, torch.dtype]:
 
 
 def split_inputs(model: Model, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`inputs` as (args, kwargs): a tensor, a tuple of arguments, or a mapping of keywords."""
+    """`inputs` as (args, kwargs): a tensor, a tuple of arguments, or a mapping of keywords.
+
+    A mapping goes in as one argument where forward() takes one, and not these keywords. Containers
+    that torch.export does not know are plain ones here; `input_form` has what they were.
+    """
+    args, kwargs = _given(model, inputs)
+    _refuse_caches(args, kwargs)
+    return plain(args, any_leaf=True), plain(kwargs, any_leaf=True)
+
+
+def input_form(model: Model, inputs: Inputs) -> Form | None:
+    """How to make the inputs again of what `split_inputs` returns; None where they are that."""
+    given = _given(model, inputs)
+    form = form_of(given)
+    return None if form is None or same_form(form) else form
+
+
+def _given(model: Model, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if inputs is None:
         return default_inputs(model), {}
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
+        return ((inputs,), {}) if _takes_whole(model, inputs) else ((), dict(inputs))
+    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
         return tuple(inputs), {}
+    if any(isinstance(leaf, Tensor) for _, leaf in leaves_of(inputs)):  # a batch of one's own
+        return (inputs,), {}
     raise InputError(
         f"inputs must be a tensor, a tuple of arguments or a dict of keywords, not "
         f"{type(inputs).__name__}"
@@ -240,6 +260,83 @@ def misfit(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         own = str(dtype).removeprefix("torch.")
         return f"the model is {own} and an input {names}: pass x.to(torch.{own})"
     return ""
+
+
+def _takes_whole(model: Model, inputs: Mapping[str, Any]) -> bool:
+    """Whether forward() takes a mapping as its one argument: these keywords it does not take."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin
+        return False
+    if _binds(signature, (), {str(name): part for name, part in inputs.items()}):
+        return False
+    first = next(iter(signature.parameters.values()), None)
+    tensor = first is not None and first.annotation in (Tensor, "Tensor", "torch.Tensor")
+    return not tensor and _binds(signature, (inputs,), {})
+
+
+def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _refuse_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for path, leaf in leaves_of((args, kwargs)):
+        if is_cache(leaf):
+            raise InputError(
+                f"input {path[-1]!r} is a cache ({type(leaf).__name__}), what earlier calls left: "
+                "leave it out, and pass the whole sequence at once"
+            )
+
+
+def input_names(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The path of each leaf of the inputs, by forward()'s own names: `x`, `batch.mask`."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        parameters = []
+    single = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    several = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    before = single.index(several) if several in single else len(single)
+    named = {
+        (single[i] if i < before else f"{several}.{i - before}"): a for i, a in enumerate(args)
+    }
+    return [".".join(map(str, path)) for path, _ in leaves_of(named | kwargs)]
+
+
+Names = str | Collection[str]
+"""inputs by name: a parameter of forward(), or a key or path inside of one"""
+
+
+def held_constant(names: Sequence[str], constant: Names, explain: Names | None) -> frozenset[int]:
+    """The places among the inputs' leaves that are held constant: those named in `constant`, and
+    all that are not named in `explain`. Raises `UnknownNameError` for a name that is no input."""
+    held = {i for name in _listed(constant) for i in _named(names, name, "constant")}
+    if explain is None:
+        return frozenset(held)
+    chosen = {i for name in _listed(explain) for i in _named(names, name, "explain")}
+    if chosen & held:
+        both = ", ".join(sorted(names[i] for i in chosen & held))
+        raise InputError(f"{both}: an input is explained or held constant, not both")
+    return frozenset(held | (set(range(len(names))) - chosen))
+
+
+def _listed(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _named(names: Sequence[str], name: str, keyword: str) -> list[int]:
+    found = [i for i, path in enumerate(names) if f"{path}.".startswith(f"{name}.")]
+    found = found or [i for i, path in enumerate(names) if name in path.split(".")]
+    found = found or [i for i, path in enumerate(names) if name == path.replace(".", "_")]
+    if not found:
+        raise unknown_name(f"input in {keyword}=", str(name), names)
+    return found
 
 
 def tensors_of(*trees: Any) -> Iterator[Tensor]:

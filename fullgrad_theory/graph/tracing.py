@@ -5,12 +5,14 @@ The batch dimension is left open where the model allows it; nothing that an expo
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,12 +25,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import FullgradError, InputError, TraceError
 from .causes import never_traced, why
-from .computation import ComputationGraph, tensor_value
+from .computation import ComputationGraph, holds_tensor, tensor_value
 from .door import (
     Inputs,
     Model,
+    Names,
     as_module,
     check_arguments,
+    held_constant,
+    input_form,
+    input_names,
     misfit,
     mixes_dtypes,
     modules_of,
@@ -39,21 +45,32 @@ from .door import (
 )
 from .fakes import fake_mode, fill_fake_values
 from .foreign import without_page
+from .forms import Form
 from .functional import functionalise
 from .leaves import LeafSpec, Leaves
-from .normal import drop_assertions, inline_regions, mutates, unroll
+from .normal import drop_assertions, inline_regions, is_effect, mutates, unroll
+from .outputs import Selection, Watch
 from .sources import first_line, is_written_outside, shorten
 
 
 def trace(
-    model: Model, inputs: Inputs = None, *, leaves: Collection[LeafSpec] = ()
+    model: Model,
+    inputs: Inputs = None,
+    *,
+    leaves: Collection[LeafSpec] = (),
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> ComputationGraph:
     """The computation graph of a model, a layer or a function, in eval mode.
 
     `inputs`: a tensor, a tuple of positional arguments or a dict of keywords; left out where the
     model has a `pretrained_cfg`. Works on the meta device. The batch dimension is left open where
     the model allows it. `leaves`: module classes, autograd.Functions and module paths whose calls
-    become one node each, backward kept. Raises `TrainingModeError`, `InputError`, `TraceError`.
+    become one node each, backward kept. `output`: a name, a position or a function of what the
+    model returns, where not all of it (or its logits) is meant. `constant`: inputs that are held
+    fixed, by name; `explain`: those that are not, all others are.
+    Raises `TrainingModeError`, `InputError`, `TraceError`, `UnknownNameError`.
     """
     module = as_module(model)
     if isinstance(module, torch.jit.ScriptModule):
@@ -67,9 +84,12 @@ def trace(
         raise InputError("inputs hold no tensor with elements; pass what the model's forward takes")
     check_arguments(module, model, args, kwargs)
     _look_at(module, model, args, kwargs)
+    names = input_names(module, args, kwargs)
+    held = held_constant(names, constant, explain)
     kept_whole = Leaves(module, leaves)
+    door = Door(module, Watch(name_of(model), output), input_form(model, inputs))
     with kept(module), muted(), torch.inference_mode(False):
-        program, dynamic = _export(module, model, args, kwargs, kept_whole)
+        program, dynamic = _export(door, model, args, kwargs, kept_whole)
     name = name_of(model)
     with _told_of(module, name):
         unlifted = program.module()
@@ -84,9 +104,23 @@ def trace(
     graph.eval()
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     model = getattr(model, "_torchdynamo_orig_callable", model)
-    traced = ComputationGraph(graph, args, kwargs, name, dynamic, model)
+    reading = door.watch.reading
+    alone = judged_alone(graph, reading.judged, name) if reading.aside else None
+    traced = ComputationGraph(alone or graph, args, kwargs, name, dynamic, model)
+    traced = replace(
+        traced,
+        held=frozenset(traced.placeholders[i].name for i in held),
+        reading=reading,
+        whole=graph if alone else None,
+        form=door.form,
+    )
     if not traced.outputs:
-        raise InputError(f"{name} returns no floating-point tensor; there is nothing to attribute")
+        raise InputError(
+            f"{name} returns no floating-point tensor, but {door.watch.seen}; there is nothing to "
+            "attribute, unless output= takes a tensor out of it"
+        )
+    if held and all(n.name in traced.held for n in traced.placeholders if holds_tensor(n)):
+        raise InputError("every input is held constant: there is nothing left to explain")
     shapes = (v.shape for v in map(tensor_value, traced.outputs) if v is not None)
     if any(isinstance(s, int) and s == 0 for shape in shapes for s in shape):
         raise InputError(f"{name} returns an empty tensor for these inputs; pass larger ones")
@@ -116,14 +150,55 @@ def _look_at(
 # --------------------------------------------------------------------------- the export
 
 
+@dataclass(frozen=True)
+class Door:
+    """A model's outermost call while it is exported: plain containers come in and go out."""
+
+    module: nn.Module
+    watch: Watch
+    form: Form | None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hooks outside of the user's own: their code sees what it always sees."""
+
+        def restore(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return self.form.restored((args, kwargs)) if self.form else (args, kwargs)
+
+        hooks = [self.module.register_forward_hook(self.watch)]
+        if self.form:
+            hooks += [
+                self.module.register_forward_pre_hook(restore, prepend=True, with_kwargs=True)
+            ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def judged_alone(whole: GraphModule, places: Collection[int], name: str) -> GraphModule:
+    """The graph of some of its outputs, over the same parameters; node names stay."""
+    graph = copy.deepcopy(whole.graph)
+    (flat,) = graph.output_node().args
+    chosen = [flat[place] for place in places]  # type: ignore[index]
+    codegen: Any = graph._codegen
+    spec = pytree.tree_structure(None if len(chosen) == 1 else tuple(chosen))
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    graph.output_node().args = (tuple(chosen),)
+    graph.eliminate_dead_code(is_impure_node=is_effect)
+    return GraphModule(whole, graph, name).eval()
+
+
 def _export(
-    module: nn.Module,
+    door: Door,
     model: Model,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     leaves: Leaves,
 ) -> tuple[torch.export.ExportedProgram, bool]:
     """Export with an open batch dimension, or with the shapes as they are where that fails."""
+    module = door.module
     batched = [t for t in tensors_of(args, kwargs) if t.dim() > 0]
     if len({t.shape[0] for t in batched}) == 1:
 
@@ -139,28 +214,29 @@ def _export(
         shapes = pytree.tree_map(mark, dict(bound))
         try:
             more, named = pytree.tree_map(lambda t: resize(t, 2), (args, kwargs))
-            program = _callexport(module, more, named, shapes, leaves)
-            if _any_batch(program) and _same_calls(module, more, named):
+            program = _callexport(door, more, named, shapes, leaves)
+            if _any_batch(program) and _same_calls(door, more, named):
                 return program, True
         except KeyboardInterrupt:
             raise
         except BaseException:  # noqa: BLE001  the plain export below reports what is really wrong
             pass
     try:
-        return _callexport(module, args, kwargs, None, leaves), False
+        return _callexport(door, args, kwargs, None, leaves), False
     except (FullgradError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  sys.exit(0) in a forward included
+        args, kwargs = door.form.restored((args, kwargs)) if door.form else (args, kwargs)
         raise _explain(module, model, args, kwargs, error) from without_page(error)
 
 
 def _callexport(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, leaves: Leaves
+    door: Door, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, leaves: Leaves
 ) -> torch.export.ExportedProgram:
     quiet, grad = warnings.catch_warnings(), torch.enable_grad()
-    with quiet, grad, without_fast_path(), leaves.installed():
+    with quiet, grad, without_fast_path(), leaves.installed(), door.open():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(door.module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 _BATCHES = (1, 2, 3, 4, 5, 7, 8, 16, 30, 128)
@@ -192,25 +268,26 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _calls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> _Calls:
+def _calls(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> _Calls:
     """What the model's code calls for a batch of `size`, in fake tensors, parameters included."""
+    module = door.module
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     given = pytree.tree_map_only(Tensor, lambda t: t[:size] if t.dim() else t, (args, kwargs))
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     held, given = pytree.tree_map_only(Tensor, fake.from_tensor, (held, given))
     eager = torch.compiler.set_stance("force_eager")  # dynamo would run real kernels on fakes
-    with eager, fake, torch.no_grad(), _Calls() as calls:
+    with eager, fake, torch.no_grad(), door.open(), _Calls() as calls:
         torch.func.functional_call(module, held, *given)
     return calls
 
 
-def _same_calls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _same_calls(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a single sample takes the same way through the model's code as a batch of two.
 
     Export assumes that a batch size it left open is never 1, and no guard tells. Numbers are sizes
     that grow with the batch, or the same.
     """
-    one, two = (_calls(module, args, kwargs, size) for size in (1, 2))
+    one, two = (_calls(door, args, kwargs, size) for size in (1, 2))
     return (
         one.functions == two.functions
         and len(one.numbers) == len(two.numbers)

@@ -40,6 +40,8 @@ class Role(StrEnum):
     """element by element its operand, in another dtype, place or layout"""
     LOOKUP = "lookup"
     """rows of a table by integers: where integers come in, attribution ends at its result"""
+    INDICATOR = "indicator"
+    """1 or true where an integer is a given one: a product with it looks a row of a table up"""
     WINDOW = "window"
     """a result belongs to the operand's places under its stride: convolution, pooling, resizing"""
     WEIGHTED = "weighted"

@@ -15,7 +15,7 @@ from .readers import Reader
 from .record import Frozen, Operator
 from .relations import signature_names
 from .steps import BITS
-from .tables import TABLES
+from .tables import LIBRARIES, TABLES
 from .views import View
 
 
@@ -56,8 +56,8 @@ def has_role(node: Any, role: Role) -> bool:
 
 
 def registered() -> Iterator[Operator]:
-    """All records, by name."""
-    known = (o for o in _REGISTRY.values() if o not in (REGION, BITS))
+    """All records, by name; of other libraries' operations what users register."""
+    known = (o for o in _REGISTRY.values() if o not in (REGION, BITS, *LIBRARIES))
     return iter(sorted(known, key=lambda operator: operator.name))
 
 
@@ -148,5 +148,5 @@ def _only_tensor(name: str, algebra: Algebra) -> str:
     )
 
 
-for _operator in (REGION, BITS, *(row for table in TABLES for row in table)):
+for _operator in (REGION, BITS, *LIBRARIES, *(row for table in TABLES for row in table)):
     _add(_operator)

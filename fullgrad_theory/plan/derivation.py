@@ -17,8 +17,9 @@ from ..edits.folding import fold
 from ..edits.kinds import Edit, Integrate
 from ..errors import InputError, NoPlanError, PolicyError
 from ..graph.computation import ComputationGraph
-from ..graph.door import Inputs, Model
+from ..graph.door import Inputs, Model, Names
 from ..graph.leaves import LeafSpec
+from ..graph.outputs import Selection
 from ..graph.sources import module_path
 from ..operators.calls import target_name
 from ..operators.registry import REGION
@@ -28,8 +29,8 @@ from .plan import Plan, fingerprint
 from .problem import Problem
 from .solving import Edits, Solved
 from .spelling import spelled
-from .states import liveness
-from .words import compress, edit_words, obstacle_words
+from .states import integers_behind, liveness
+from .words import compress, edit_words, no_gradient_words, obstacle_words
 
 
 def derive_rules(
@@ -41,6 +42,9 @@ def derive_rules(
     effort: float = 10.0,
     unknown: str = "error",
     leaves: Collection[LeafSpec] = (),
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> Plan:
     """The least-cost plan that makes a model, a layer or a traced graph complete under a policy.
 
@@ -49,7 +53,7 @@ def derive_rules(
     `effort` bounds the search per piece, for the best plan and once more for the alternatives, in
     the solver's deterministic units (a unit takes seconds, six on one hard layer): the same graph
     gives the same plan, and beyond it the best one so far with `optimal=False`. `unknown` as in
-    `check_completeness`, `leaves` as in `trace`.
+    `check_completeness`; `leaves`, `output`, `constant` and `explain` as in `trace`.
     Raises `NoPlanError` naming the obstacle, `UnknownNameError`, `PolicyError`, `InputError` for
     alternatives to a partial policy, and what `trace` raises.
     """
@@ -61,13 +65,12 @@ def derive_rules(
             f"policy {chosen.name!r} is partial, and alternatives are plans that leave "
             "nothing incomplete; take a complete policy, such as 'libra'"
         )
-    graph = graph_of(model, inputs, leaves, unknown)
+    graph = graph_of(model, inputs, leaves, unknown, output, constant, explain)
     problem, before = _problem(graph, chosen)
     if not problem.ends:
-        raise NoPlanError(
-            f"no output of {graph.name} carries gradient: all of them are constant, detached, "
-            "rounded or compared; judge a value from before that"
-        )
+        behind = [integers_behind(graph, before.live, output) for output in graph.outputs]
+        integers = tuple(dict.fromkeys(n for names in behind for n in names)) if all(behind) else ()
+        raise NoPlanError(no_gradient_words(graph.name, integers))
     _check_modules(graph, chosen)
     if not before.findings or chosen.idle:
         return _plan(problem, before, before, Edits(), True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
@@ -21,7 +21,7 @@ from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..operators.calls import Call
 from ..operators.relations import Mode, Relation, snapped
-from .states import Liveness, State, liveness
+from .states import Liveness, State, integers_behind, liveness
 from .words import Breach, Kind, breach_words
 
 ONE, ZERO = Fraction(1), Fraction(0)
@@ -38,11 +38,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Finding:
-    """Why a node breaks completeness. `opaque`: a frozen value is added to a live one."""
+    """Why a node breaks completeness. `opaque`: a frozen value is added to a live one, made of the
+    inputs `integers` where these alone are behind it."""
 
     node: str
     reason: str
     opaque: bool = False
+    integers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,9 +209,19 @@ class _Sweep:
             reason = f"has a degree other than 1, and {name} {breach_words(breach)}"
             self.blamed[other] = Finding(other, reason)
         if not guilty and name not in self.findings:
-            self.blamed[name] = Finding(
-                name, breach_words(breach), breach.kind in ("frozen", "chosen")
-            )
+            breach = replace(breach, integers=self._integers(name, breach))
+            opaque = breach.kind in ("frozen", "chosen")
+            self.blamed[name] = Finding(name, breach_words(breach), opaque, breach.integers)
+
+    def _integers(self, name: str, breach: Breach) -> tuple[str, ...]:
+        """The integer inputs that all the frozen operands of a node are made of."""
+        if breach.kind != "frozen":
+            return ()
+        call, facts = self.live.calls[name], self.facts
+        read = [o.node for o in call.operands if o.name in call.moving and o.node is not None]
+        frozen = [n for n in read if _joined(facts[n.name]).state is State.FROZEN]
+        found = [integers_behind(self.graph, self.live, n) for n in frozen]
+        return tuple(dict.fromkeys(n for names in found for n in names)) if all(found) else ()
 
     def _meet_output(self, value: fx.Node) -> None:
         fact = _joined(self.facts[value.name])

@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import FullgradError, InputError
 from ..graph.computation import ComputationGraph
-from ..graph.door import Inputs, Model
+from ..graph.door import Inputs, Model, Names
 from ..graph.leaves import LeafSpec
+from ..graph.outputs import Selection
 from ..graph.tracing import trace
 from ..graph.walking import Walker
 from ..operators.algebra import Algebra
@@ -53,15 +54,36 @@ class Measured(Operator):
 
 
 def graph_of(
-    model: Model | ComputationGraph, inputs: Inputs, leaves: Collection[LeafSpec], unknown: str
+    model: Model | ComputationGraph,
+    inputs: Inputs,
+    leaves: Collection[LeafSpec],
+    unknown: str,
+    output: Selection = None,
+    constant: Names = (),
+    explain: Names | None = None,
 ) -> ComputationGraph:
     """The model traced, its unregistered operations measured where `unknown="measure"`."""
     if unknown not in ("error", "measure"):
         raise InputError(f"unknown={unknown!r}: choose 'error' or 'measure'")
     if isinstance(model, ComputationGraph) and leaves:
         raise InputError("a traced graph has its leaves already: trace(model, inputs, leaves=...)")
-    graph = model if isinstance(model, ComputationGraph) else trace(model, inputs, leaves=leaves)
+    if isinstance(model, ComputationGraph):
+        refuse_chosen("a traced graph", output, constant, explain)
+        graph = model
+    else:
+        graph = trace(
+            model, inputs, leaves=leaves, output=output, constant=constant, explain=explain
+        )
     return measure(graph) if unknown == "measure" else graph
+
+
+def refuse_chosen(what: str, output: Selection, constant: Names, explain: Names | None) -> None:
+    """What a trace decides is decided in what was traced."""
+    if output is not None or constant or explain is not None:
+        raise InputError(
+            f"{what} has its output and its inputs already: give output=, constant= and explain= "
+            "to trace() or balance()"
+        )
 
 
 def measure(graph: ComputationGraph, seed: int = 0) -> ComputationGraph:

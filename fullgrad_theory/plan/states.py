@@ -18,7 +18,7 @@ from ..graph.computation import ComputationGraph, holds_tensor, is_float
 from ..graph.constants import Constants
 from ..graph.normal import enter_autocast, leave_autocast
 from ..operators.algebra import Algebra, Role
-from ..operators.calls import Call, Operand, bind, operands, target_name
+from ..operators.calls import Call, Operand, bind, is_ray, operands, target_name
 from ..operators.record import Operator
 from ..operators.registry import LEAF, check_argument, lookup
 from ..operators.relations import constant_monomials, exponent_names, polynomial, signature_names
@@ -54,6 +54,16 @@ class Liveness:
     def state(self, node: fx.Node) -> State:
         """The state of a node; a multi-output node counts as its most live output."""
         return _most(self.states[node.name])
+
+
+def integers_behind(graph: ComputationGraph, live: Liveness, node: fx.Node) -> tuple[str, ...]:
+    """The integer inputs that a value without gradient is made of, where it is of these alone."""
+    behind = [node]
+    for n in behind:
+        behind += [m for m in n.all_input_nodes if m not in behind]
+    read = [n for n in behind if n.op == "placeholder" and live.state(n) is not State.CONSTANT]
+    floats = any(is_float(n) for n in read) or any(n.name in live.sources for n in behind)
+    return () if floats else tuple(n.name for n in read if n.name not in graph.held)
 
 
 def _most(states: States) -> State:
@@ -105,7 +115,8 @@ def unregistered(graph: ComputationGraph) -> dict[str, Call]:
 @dataclass
 class Walk:
     """What is known on the way through a graph. `unknown`: calls nobody knows, taken to be live;
-    `ids`: integer values that come from an integer input alone."""
+    `ids`: integer values that come from an integer input alone; `indicators`: zeros and ones that
+    say which one they are; `lookups`: what holds looked up values among others."""
 
     graph: ComputationGraph
     states: dict[str, States] = field(default_factory=dict)
@@ -113,6 +124,8 @@ class Walk:
     sources: list[str] = field(default_factory=list)
     unknown: dict[str, Call] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
+    indicators: set[str] = field(default_factory=set)
+    lookups: set[str] = field(default_factory=set)
     exponents: set[str] = field(default_factory=set)
 
     @cached_property
@@ -134,7 +147,9 @@ def _walk(graph: ComputationGraph) -> Walk:
     walk = Walk(graph)
     for node in graph.fx.graph.nodes:
         state: States = (State.CONSTANT,)
-        if node.op == "placeholder" and is_float(node):
+        if node.name in graph.held:
+            pass  # as a buffer would be
+        elif node.op == "placeholder" and is_float(node):
             walk.sources.append(node.name)
             state = (State.LIVE,)
         elif node.op == "placeholder" and holds_tensor(node):
@@ -158,12 +173,9 @@ def _called(walk: Walk, node: fx.Node) -> States:
     """The states of a call's outputs; writes down the call where it reads what moves."""
     known = lookup(target_name(node.target))
     moves = list(filter(walk.moves, node.all_input_nodes))
-    if moves and all(n.name in walk.ids for n in moves):
-        if known is not None and Role.LOOKUP in known.roles:
-            walk.sources.append(node.name)  # attribution ends where ids become values
-            return (State.LIVE,)
-        if not is_float(node):
-            walk.ids.add(node.name)
+    looked_up = _looked_up(walk, node, known, moves)
+    if looked_up:
+        return looked_up
     if known is None and _is_random(node):
         raise TrainingModeError(
             f"{walk.graph.describe(node.name)} is random: two runs differ, and no verdict holds "
@@ -182,6 +194,39 @@ def _called(walk: Walk, node: fx.Node) -> States:
         walk.unknown[node.name] = _call(nobody, node, walk)
         return (State.LIVE,)
     return _known_call(walk, node, _call(found, node, walk))
+
+
+_PRODUCTS = frozenset((Role.CONTRACTION, Role.LINEAR, Role.EQUATION))
+
+
+def _looked_up(
+    walk: Walk, node: fx.Node, known: Operator | None, moves: list[fx.Node]
+) -> States | None:
+    """The states of what integers of the input look up in constants, where attribution ends.
+
+    A row of a table by its number, or by a product with the indicator of that number.
+    """
+    if known is None or not moves:
+        return None
+    if node.target is operator.getitem and moves[0].name in walk.lookups:
+        walk.sources.extend([node.name] if is_float(node) else [])
+        return (State.LIVE if is_float(node) else State.FROZEN,)
+    of_ids = all(n.name in walk.ids for n in moves)
+    of_indicators = all(n.name in walk.indicators for n in moves)
+    finds = of_ids and Role.LOOKUP in known.roles
+    if is_float(node) and (finds or (of_indicators and _PRODUCTS & known.roles)):
+        outputs = node.meta.get("val")
+        if isinstance(outputs, (tuple, list)):
+            walk.lookups.add(node.name)
+            return tuple(State.LIVE if is_ray(v) else State.FROZEN for v in outputs)
+        walk.sources.append(node.name)
+        return (State.LIVE,)
+    if of_ids and not is_float(node):
+        walk.ids.add(node.name)
+    kept = known.algebra is Algebra.STRUCTURAL and of_indicators
+    if kept or (of_ids and Role.INDICATOR in known.roles):
+        walk.indicators.add(node.name)
+    return None
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -32,13 +32,15 @@ LIMIT_MET = (
 @dataclass(frozen=True)
 class Breach:
     """How a relation is broken at a call. `wrong`: operands that should be seen at degree 0, with
-    their degrees; `totals`: the degrees that should be one, or the one that is outside the domain.
+    their degrees; `totals`: the degrees that should be one, or the one that is outside the domain;
+    `integers`: the integer inputs that an added value is made of.
     """
 
     kind: Kind
     call: Call
     wrong: Mapping[str, Fraction] = field(default_factory=dict)
     totals: tuple[Fraction, ...] = ()
+    integers: tuple[str, ...] = ()
 
     @property
     def inherited(self) -> bool:
@@ -53,6 +55,8 @@ def breach_words(breach: Breach) -> str:
         case "zero":
             what = ", ".join(f"{n} (degree {d})" for n, d in breach.wrong.items())
             return f"{breach.call.operator.kind.why} {what}"
+        case "frozen" if breach.integers:
+            return f"adds a number made of {_integers(breach.integers)}, to a live value"
         case "frozen":
             return "adds a frozen value, which nobody attributes, to a live one"
         case "chosen":
@@ -69,6 +73,24 @@ def breach_words(breach: Breach) -> str:
             return "a literal inside a divisor is no bias: the norm with eps has no degree"
         case "constant":
             return f"adds a constant to a value of degree {degrees}"
+
+
+def _integers(names: tuple[str, ...]) -> str:
+    return f"the integer input {', '.join(map(repr, names))}, which carries no gradient"
+
+
+def no_gradient_words(name: str, integers: tuple[str, ...]) -> str:
+    """Why nothing can be attributed where no output carries gradient."""
+    if integers:
+        return (
+            f"no output of {name} carries gradient: it is made of {_integers(integers)}; integers "
+            "that are used as numbers have to be passed as floats to be explained, and those that "
+            "look rows of a table up need that table to be a constant"
+        )
+    return (
+        f"no output of {name} carries gradient: all of them are constant, detached, "
+        "rounded or compared; judge a value from before that"
+    )
 
 
 def edit_words(edit: Edit, before: Degrees, after: Degrees) -> str:
@@ -153,6 +175,12 @@ def obstacle_words(problem: Problem, after: Degrees, obstacles: Iterable[str]) -
 
 
 def _way_out(problem: Problem, name: str, after: Degrees) -> str:
+    integers = after.findings[name].integers
+    if integers:
+        return (
+            f"; constant={integers!r} holds that fixed, so that what it adds is a bias; to have it "
+            "explained, pass it as floats"
+        )
     if after.findings[name].opaque:
         return "; multiply by it instead, or take it out of the model"
     if "softmax" in target_name(problem.graph.nodes[name].target) and _is_head(problem, name):

@@ -136,6 +136,8 @@ _CASES: dict[str, list[_Case]] = {
     "view_as_complex": [_case(_real(3, 2))],
     "dropout feature_dropout alpha_dropout feature_alpha_dropout": [_case(_X, 0.5, False)],
     "embedding": [_case(_X, _INT([1, 0, 1]))],
+    "embedding_bag.padding_idx": [
+        _case(_X, _INT([1, 0, 1]), _INT([0, 2]), False, 0, False, None, False, None)],
     "meshgrid": [_case([_real(2), _real(3)])],
     "meshgrid.indexing": [_case([_real(2), _real(3)], indexing="xy")],
     "broadcast_tensors": [_case([_X, _real(3)])],

@@ -5,6 +5,7 @@ from . import (
     elementwise,
     freezing,
     homogeneous,
+    libraries,
     linear,
     normaliser,
     smooth,
@@ -21,3 +22,4 @@ TABLES = (
     freezing.TABLE,
     composite.TABLE,
 )
+LIBRARIES = libraries.TABLE

@@ -21,15 +21,16 @@ def _only_divides(arguments: Mapping[str, Any]) -> str | None:
 TABLE: Table = (
     *freezing(
         """
-        detach detach_copy sign floor ceil round round.decimals trunc heaviside eq.Tensor
-        eq.Scalar ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar lt.Tensor
+        detach detach_copy sign floor ceil round round.decimals trunc heaviside
+        ne.Tensor ne.Scalar gt.Tensor gt.Scalar ge.Tensor ge.Scalar lt.Tensor
         lt.Scalar le.Tensor le.Scalar equal logical_not logical_and logical_or logical_xor
         bitwise_not bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor
         bitwise_or.Scalar bitwise_xor.Tensor isnan isinf isposinf isneginf isfinite signbit
-        argmax argmin argsort argsort.stable one_hot bucketize.Tensor searchsorted.Tensor
+        argmax argmin argsort argsort.stable histc bucketize.Tensor searchsorted.Tensor
         nonzero argwhere count_nonzero any any.dim all all.dim item _local_scalar_dense
         """
     ),
+    *freezing("eq.Tensor eq.Scalar one_hot", roles=(Role.INDICATOR,)),
     *freezing(
         """
         __and__.Tensor __or__.Tensor greater.Tensor less.Tensor isclose fix floor_divide

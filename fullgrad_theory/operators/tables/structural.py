@@ -45,8 +45,8 @@ TABLE: Table = (
         _unsafe_view atleast_1d atleast_2d adjoint mH expand broadcast_to repeat tile
         repeat_interleave.self_int repeat_interleave.self_Tensor diag diag_embed hsplit.int
         vsplit.int unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes unfold im2col
-        index.Tensor index_select gather take_along_dim take masked_select flip fliplr flipud roll
-        rot90 tril triu lift_fresh_copy to.prim_Device pixel_shuffle pixel_unshuffle
+        masked_select flip fliplr flipud roll rot90 tril triu lift_fresh_copy to.prim_Device
+        pixel_shuffle pixel_unshuffle
         channel_shuffle reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
         imag view_as_real view_as_complex
         """
@@ -85,7 +85,9 @@ TABLE: Table = (
     *structural("reshape_as", "self*other^0", view=views.RESHAPED),
     *structural("expand_as", "self*other^0"),
     *structural("to.other type_as", "self*other^0", roles=(Role.CAST,)),
+    *structural("index.Tensor index_select gather take_along_dim take", roles=(Role.LOOKUP,)),
     *structural("embedding", "weight", roles=(Role.LOOKUP,)),
+    *structural("embedding_bag.padding_idx", "weight ; - ; - ; -", roles=(Role.LOOKUP,)),
     *structural(
         "cat concat concatenate stack hstack vstack dstack column_stack block_diag",
         "tensors",
@@ -99,11 +101,12 @@ TABLE: Table = (
     *structural("masked_fill.Scalar masked_fill.Tensor", "self + value", roles=(Role.POINTWISE,)),
     *structural(
         """
-        constant_pad_nd pad scatter.value
+        constant_pad_nd pad
         index_fill.int_Scalar index_fill.int_Tensor
         """,
         "self + value",
     ),
+    *structural("scatter.value", "self + value", roles=(Role.INDICATOR,)),
     *structural("slice_scatter select_scatter diagonal_scatter scatter.src", "self + src"),
     *structural("masked_scatter index_copy", "self + source"),
     # what stood there before is overwritten, it lends its shape only
