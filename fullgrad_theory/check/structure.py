@@ -139,12 +139,14 @@ def _unreached_outputs(graph: ComputationGraph, labels: Degrees) -> Iterator[str
 
 
 def _beside(graph: ComputationGraph) -> Iterator[str]:
-    """What is not judged of the output, and held constant of the inputs."""
+    """What is not judged of the output, held constant of the inputs, and of their batch size."""
     reading = graph.reading
     if reading.aside or (reading.lost and reading.selection is None):
         yield words.beside(reading.names, reading.aside, reading.lost)
     if graph.held:
         yield words.held_constant([n for n in graph.nodes if n in graph.held])
+    if graph.closed:
+        yield words.closed_batch(graph.closed)
 
 
 def _refuse_infinite_leaves(graph: ComputationGraph) -> None:

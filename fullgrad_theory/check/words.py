@@ -14,6 +14,10 @@ from ..graph.sources import first_line
 NO_VALUES = "meta tensors have no values: the verdict is structural"
 
 
+def closed_batch(why: str) -> str:
+    return f"the graph is for inputs of this very size, not of any batch size: {why}"
+
+
 def no_plan(error: Exception) -> str:
     said = str(error)
     return said if said.startswith("no honest plan") else f"no honest plan: {said}"

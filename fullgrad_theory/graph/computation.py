@@ -44,6 +44,8 @@ class ComputationGraph:
     reading: Reading = field(default_factory=Reading)
     whole: GraphModule | None = None
     form: Form | None = None
+    closed: str = ""
+    """why the batch size is not open, where it is not"""
 
     @cached_property
     def nodes(self) -> dict[str, Node]:

@@ -89,7 +89,7 @@ def trace(
     kept_whole = Leaves(module, leaves)
     door = Door(module, Watch(name_of(model), output), input_form(model, inputs))
     with kept(module), muted(), torch.inference_mode(False):
-        program, dynamic = _export(door, model, args, kwargs, kept_whole)
+        program, closed = _export(door, model, args, kwargs, kept_whole)
     name = name_of(model)
     with _told_of(module, name):
         unlifted = program.module()
@@ -106,9 +106,10 @@ def trace(
     model = getattr(model, "_torchdynamo_orig_callable", model)
     reading = door.watch.reading
     alone = judged_alone(graph, reading.judged, name) if reading.aside else None
-    traced = ComputationGraph(alone or graph, args, kwargs, name, dynamic, model)
+    traced = ComputationGraph(alone or graph, args, kwargs, name, not closed, model)
     traced = replace(
         traced,
+        closed=closed,
         held=frozenset(traced.placeholders[i].name for i in held),
         reading=reading,
         whole=graph if alone else None,
@@ -196,38 +197,52 @@ def _export(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     leaves: Leaves,
-) -> tuple[torch.export.ExportedProgram, bool]:
-    """Export with an open batch dimension, or with the shapes as they are where that fails."""
-    module = door.module
-    batched = [t for t in tensors_of(args, kwargs) if t.dim() > 0]
-    if len({t.shape[0] for t in batched}) == 1:
-
-        def resize(leaf: Any, batch: int) -> Any:
-            few = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] < batch
-            return torch.cat([leaf, leaf]) if few else leaf  # batch size 1 would be specialised
-
-        def mark(leaf: Any) -> Any:
-            tensor = isinstance(leaf, Tensor) and leaf.dim() > 0
-            return {0: torch.export.Dim.AUTO} if tensor else None
-
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        shapes = pytree.tree_map(mark, dict(bound))
-        try:
-            more, named = pytree.tree_map(lambda t: resize(t, 2), (args, kwargs))
-            program = _callexport(door, more, named, shapes, leaves)
-            if _any_batch(program) and _same_calls(door, more, named):
-                return program, True
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # noqa: BLE001  the plain export below reports what is really wrong
-            pass
+) -> tuple[torch.export.ExportedProgram, str]:
+    """Export with an open batch dimension, or with the shapes as they are and why it is so."""
+    program, closed = _open_export(door, args, kwargs, leaves)
+    if program is not None and not closed:
+        return program, ""
     try:
-        return _callexport(door, args, kwargs, None, leaves), False
+        return _callexport(door, args, kwargs, None, leaves), closed
     except (FullgradError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  sys.exit(0) in a forward included
         args, kwargs = door.form.restored((args, kwargs)) if door.form else (args, kwargs)
-        raise _explain(module, model, args, kwargs, error) from without_page(error)
+        raise _explain(door.module, model, args, kwargs, error) from without_page(error)
+
+
+def _open_export(
+    door: Door, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Leaves
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    """An export whose first dimension is open, and why it cannot be used, "" where it can."""
+    sizes = sorted({t.shape[0] for t in tensors_of(args, kwargs) if t.dim() > 0})
+    if len(sizes) != 1:
+        sizes_differ = f"its inputs have {' and '.join(map(str, sizes))} entries in dimension 0"
+        return None, sizes_differ if sizes else "its inputs have no dimension"
+
+    def two(leaf: Any) -> Any:
+        few = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] < 2
+        return torch.cat([leaf, leaf]) if few else leaf  # batch size 1 would be specialised
+
+    def mark(leaf: Any) -> Any:
+        tensor = isinstance(leaf, Tensor) and leaf.dim() > 0
+        return {0: torch.export.Dim.AUTO} if tensor else None
+
+    bound = inspect.signature(door.module.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(mark, dict(bound))
+    try:
+        more, named = pytree.tree_map(two, (args, kwargs))
+        program = _callexport(door, more, named, shapes, leaves)
+        assumed = _assumed(program)
+        if assumed:
+            return program, f"its code holds for some batch sizes alone ({assumed})"
+        if _same_calls(door, more, named) or _same_values(door, program, args, kwargs):
+            return program, ""
+        return program, "a single sample takes another way through its code than a batch"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  the plain export reports what is really wrong
+        return None, f"torch.export refuses it open ({first_line(error)})"
 
 
 def _callexport(
@@ -242,14 +257,14 @@ def _callexport(
 _BATCHES = (1, 2, 3, 4, 5, 7, 8, 16, 30, 128)
 
 
-def _any_batch(program: torch.export.ExportedProgram) -> bool:
-    """Whether what the export assumed of the batch size (`x.shape[0] <= 4`) holds for any."""
+def _assumed(program: torch.export.ExportedProgram) -> str:
+    """What the export assumed of the batch size that does not hold for any (`s0 <= 4`)."""
     guards = getattr(getattr(fake_mode(program.graph), "shape_env", None), "guards", ())
-    return all(
-        bool(guard.expr.subs(dict.fromkeys(guard.expr.free_symbols, size)))
-        for guard in guards
-        for size in _BATCHES
-    )
+    for guard in guards:
+        free = guard.expr.free_symbols
+        if not all(bool(guard.expr.subs(dict.fromkeys(free, size))) for size in _BATCHES):
+            return str(guard.expr)
+    return ""
 
 
 class _Calls(TorchFunctionMode):
@@ -292,6 +307,26 @@ def _same_calls(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         one.functions == two.functions
         and len(one.numbers) == len(two.numbers)
         and all(b in (a, 2 * a) for a, b in zip(one.numbers, two.numbers, strict=True))
+    )
+
+
+def _same_values(
+    door: Door,
+    program: torch.export.ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether the program of two samples gives a single one what the model gives it, bit for bit:
+    where one more `expand` is called for two, that is no other way."""
+    if any(t.is_meta for t in (*door.module.parameters(), *tensors_of(args, kwargs))):
+        return False
+    one, named = pytree.tree_map_only(Tensor, lambda t: t[:1] if t.dim() else t, (args, kwargs))
+    with torch.no_grad(), without_fast_path(), door.open():
+        theirs = pytree.tree_leaves(untouched(door.module, one, named))
+    ours = pytree.tree_leaves(program.module()(*one, **named))
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
