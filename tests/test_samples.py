@@ -167,6 +167,26 @@ def test_what_is_not_finite_is_said() -> None:
         fgt.fullgrad(lambda x: (x - x.detach()).norm(dim=1).sqrt(), x)
 
 
+# --------------------------------------------------------------------------- a baseline
+
+
+def test_what_differs_from_a_baseline() -> None:
+    model, x = linear()
+    balanced, origin = fgt.balance(model, x), torch.zeros(1, 5, dtype=DOUBLE)
+    parts = fgt.fullgrad(balanced, x, baseline=origin)
+    best = model(x).argmax(1)
+    wanted = model(x)[range(3), best] - model(origin.expand_as(x))[range(3), best]
+    torch.testing.assert_close(parts.output, wanted.detach())
+    torch.testing.assert_close(parts.total, parts.output)
+    at, there = (fgt.fullgrad(balanced, v, best) for v in (x, origin.expand_as(x)))
+    torch.testing.assert_close(parts.input, at.input - there.input)
+    assert float(parts.biases["2.bias"].abs().max()) == 0.0
+    with pytest.raises(InputError, match="balanced for inputs of shape"):
+        fgt.fullgrad(balanced, x, baseline=torch.zeros(1, 4, dtype=DOUBLE))
+    with pytest.raises(NonFiniteError, match="at the baseline"):
+        fgt.fullgrad(lambda x: x / x.norm(dim=1, keepdim=True), x, baseline=origin)
+
+
 # --------------------------------------------------------------------------- targets
 
 

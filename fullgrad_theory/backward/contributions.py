@@ -59,6 +59,7 @@ def fullgrad(
     target: Target = None,
     *,
     batch: int | Literal["auto"] | None = "auto",
+    baseline: Inputs = None,
     output: Selection = None,
     constant: Names = (),
     explain: Names | None = None,
@@ -68,8 +69,10 @@ def fullgrad(
     `model`: a balanced model, or any model for its plain gradient. `target`: see `Target`; None is
     the largest entry of each sample. `batch`: the dimension of the inputs that holds samples; by
     default it is looked for, and where samples meet the whole is one; None says that it is. Of a
-    complex output the real part is split. `output`, `constant` and `explain` as in `trace`, for a
-    model that is not balanced yet. Raises `InputError` and `NonFiniteError`.
+    complex output the real part is split. `baseline`: other inputs x0, as the inputs are given; then
+    f(x) - f(x0) is split, each part being what it is at x less what it is at x0. `output`,
+    `constant` and `explain` as in `trace`, for a model that is not balanced yet. Raises
+    `InputError` and `NonFiniteError`.
     """
     if isinstance(model, Balanced):
         refuse_chosen("a balanced model", output, constant, explain)
@@ -81,18 +84,62 @@ def fullgrad(
     graph = balanced.graph
     if graph is None:
         raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
-    args, kwargs = balanced.arranged(*split_inputs(graph.model, inputs))
     split = _splitting(balanced, graph, batch)
     if batch == "auto" and split.samples.output and _names_the_whole(target, graph):
         split = _splitting(balanced, graph, None)
-    flat = pytree.tree_leaves((args, kwargs))
+    given = (graph.args, graph.kwargs) if inputs is None else split_inputs(graph.model, inputs)
+    args = balanced.arranged(*given)
+    if baseline is None:
+        return _parts(split, pytree.tree_leaves(args), target)
+    flat, origin = pytree.tree_leaves(args), balanced.arranged(*split_inputs(graph.model, baseline))
+    chosen = split.resolved(split.first_output(flat), target)
+    here = _parts(split, flat, chosen)
+    try:
+        there = _parts(split, _as_many(pytree.tree_leaves(origin), flat), chosen)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"at the baseline, {error}; choose another one") from None
+    return _less(here, there)
+
+
+def _parts(split: _Splitting, flat: Sequence[Any], target: Target | Chosen) -> FullGrad:
     size = next((t.shape[0] for t in flat if isinstance(t, Tensor) and t.dim()), 1)
-    if size > 1 and split.wants_slices:
-        with torch.no_grad():
-            chosen = split.resolved(split.output(split.module(*args, **kwargs)), target)
-        slices = [pytree.tree_map_only(Tensor, _nth(k), flat) for k in range(size)]
-        return _join([_split(split, one, chosen.sample(k)) for k, one in enumerate(slices)])
-    return _split(split, flat, target)
+    if size == 1 or not split.wants_slices:
+        return _split(split, flat, target)
+    chosen = target if isinstance(target, Chosen) else None
+    if chosen is None:
+        chosen = split.resolved(split.first_output(flat), target)
+    slices = [pytree.tree_map_only(Tensor, _nth(k), [*flat]) for k in range(size)]
+    return _join([_split(split, one, chosen.sample(k)) for k, one in enumerate(slices)])
+
+
+def _as_many(baseline: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+    """A baseline, one for all samples being enough."""
+    fitted = []
+    for given, like in zip(baseline, flat, strict=True):
+        if isinstance(given, Tensor) and isinstance(like, Tensor):
+            try:
+                given = given.expand_as(like)
+            except RuntimeError:
+                raise InputError(
+                    f"a baseline of shape {tuple(given.shape)} does not fit an input of shape "
+                    f"{tuple(like.shape)}"
+                ) from None
+        fitted.append(given)
+    return fitted
+
+
+def _less(here: FullGrad, there: FullGrad) -> FullGrad:
+    """The parts of a difference."""
+    one, other = (p.input if isinstance(p.input, tuple) else (p.input,) for p in (here, there))
+    inputs = tuple(a - b for a, b in zip(one, other, strict=True))
+    biases = {name: part - there.biases[name] for name, part in here.biases.items()}
+    return FullGrad(
+        inputs if isinstance(here.input, tuple) else inputs[0],
+        biases,
+        here.output - there.output,
+        here.total - there.total,
+        here.batch,
+    )
 
 
 def _names_the_whole(target: Target, graph: ComputationGraph) -> bool:
@@ -128,6 +175,12 @@ class _Splitting:
     def output(self, made: Any) -> Tensor:
         """The first floating-point tensor of what the graph returns."""
         return next(t for t in pytree.tree_leaves(made) if is_ray(t))
+
+    @torch.no_grad()
+    def first_output(self, flat: Sequence[Any]) -> Tensor:
+        """The same at some flat inputs."""
+        run = fx.Interpreter(self.module)
+        return self.output(run.run(*flat, enable_io_processing=False))
 
     def resolved(self, output: Tensor, target: Target | Chosen) -> Chosen:
         if isinstance(target, Chosen):
