@@ -38,13 +38,14 @@ from .door import (
     tensors_of,
 )
 from .fakes import fake_mode, fill_fake_values
-from .foreign import without_page
+from .foreign import ours, without_page
 from .functional import functionalise
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, mutates, unroll
 from .sources import first_line, is_written_outside, shorten
 
 
+@ours
 def trace(
     model: Model, inputs: Inputs = None, *, leaves: Collection[LeafSpec] = ()
 ) -> ComputationGraph:
