@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ CODE = """
 import copy
 import sys
 import threading
+import warnings
 
 import torch
 from torch import nn
@@ -280,6 +282,68 @@ class Apart(Base):
         return self.fc(x) * torch.ones(3, device="meta")
 
 
+class Closes(Base):
+    def forward(self, x):
+        sys.stdout = sys.stderr = None
+        return self.fc(x)
+
+
+class Warns(Base):
+    def forward(self, x):
+        warnings.warn("something of the model's own")
+        return self.fc(x)
+
+
+class WarnsAndFails(Base):
+    def forward(self, x):
+        warnings.warn("something of the model's own")
+        raise KeyError("b")
+
+
+class Misconfigured(Base):
+    pretrained_cfg = {"input_size": (3, -1, "wide")}
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        sys.exit(0)
+
+
+class ExitsBackwards(Base):
+    def forward(self, x):
+        return Backwards.apply(self.fc(x))
+
+
+class HookedParameter(Base):
+    def __init__(self):
+        super().__init__()
+        self.fc.weight.register_hook(lambda g: sys.exit(0))
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Hides(Base):
+    def named_modules(self, *given, **named):
+        raise KeyError("hidden")
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Allocates(Base):
+    def forward(self, x):
+        return self.fc(x) + torch.empty(10**15).sum()
+
+
 def lazy():
     return nn.Sequential(nn.LazyLinear(3), nn.ReLU())
 
@@ -337,6 +401,10 @@ HOSTILE: dict[str, tuple[str, tuple[str, ...], int, tuple[str, ...]]] = {
     "eval exits": ("Evaluates", FOUR, 2, ("SystemExit: 0", "eval()")),
     "cast exits": ("Moves", (*FOUR, "--dtype", "float64"), 2, ("SystemExit",)),
     "hook": ("Hooked", FOUR, 2, ("KeyError: 'in a hook'",)),
+    "warning": ("WarnsAndFails", FOUR, 2, ("KeyError: 'b'",)),
+    "configuration": ("Misconfigured", (), 2, ("--input 1,3,224,224",)),
+    "modules hidden": ("Hides", FOUR, 2, ("KeyError: 'hidden'", "hostile.py:")),
+    "allocates": ("Allocates", FOUR, 2, ("out of memory",)),
     "function exits": ("leaves", FOUR, 2, ("SystemExit: 0",)),
     "no output": ("nothing", FOUR, 2, ("no floating-point tensor",)),
     "text output": ("text", FOUR, 2, ("no floating-point tensor",)),
@@ -441,9 +509,21 @@ def test_each_cause_has_its_own_words(name: str) -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_an_exit_in_the_audit_alone_is_no_verdict() -> None:
-    result = invoke("check", "hostile.py:ExitsInDouble", *FOUR)
-    assert result.exit_code == 2 and "SystemExit: 0" in " ".join(result.stdout.split())
+@pytest.mark.parametrize("target", ["ExitsInDouble", "ExitsBackwards", "HookedParameter"])
+def test_an_exit_in_the_audit_alone_is_no_verdict(target: str) -> None:
+    result = invoke("check", f"hostile.py:{target}", *FOUR)
+    assert result.exit_code == 2 and "SystemExit: 0" in " ".join(result.output.split())
+
+
+@pytest.mark.usefixtures("project")
+def test_streams_and_warnings() -> None:
+    result = invoke("check", "hostile.py:Closes", *FOUR)
+    assert result.exit_code == 0 and result.stdout.startswith("COMPLETE")
+    with pytest.warns(UserWarning, match="of the model's own"):
+        assert invoke("check", "hostile.py:Warns", *FOUR).exit_code == 0
+    with warnings.catch_warnings(record=True) as given:
+        assert invoke("check", "hostile.py:WarnsAndFails", *FOUR).exit_code == 2
+    assert not given
 
 
 @pytest.mark.usefixtures("project")
@@ -611,6 +691,34 @@ def test_foreign_errors_come_as_ours(call: Any, error: BaseException) -> None:
 def test_an_interrupt_is_left_alone(call: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         call(Module(lambda m, x: _raise(KeyboardInterrupt())).eval(), X)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_whom_a_check_tells_may_end_it() -> None:
+    def listen(stage: str, done: int, total: int) -> None:
+        if stage.startswith("end to end"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        fgt.check_completeness(nn.Linear(4, 3).eval(), X, on_progress=listen)
+
+
+def test_a_sample_that_cannot_be_read_is_named() -> None:
+    class Samples:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            raise KeyError("label")
+
+    model = nn.Sequential(nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(98, 2)).eval()
+    with pytest.raises(
+        errors.InputError, match=r"sample 0 cannot be read: KeyError: 'label'.*test_door"
+    ):
+        fgt.evaluate(model, Samples(), "fullgrad", metrics="completeness-error")  # type: ignore[arg-type]
 
 
 def test_no_page_of_the_graph_stands_behind_an_error() -> None:

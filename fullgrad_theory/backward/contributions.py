@@ -69,7 +69,7 @@ def fullgrad(
     `model`: a balanced model, or any model for its plain gradient. `target`: see `Target`; None is
     the largest entry of each sample. `batch`: the dimension of the inputs that holds samples; by
     default it is looked for, and where samples meet the whole is one; None says that it is. Of a
-    complex output the real part is split. `baseline`: other inputs x0, as the inputs are given; then
+    complex output the real part is split. `baseline`: other inputs x0, given as these are; then
     f(x) - f(x0) is split, each part being what it is at x less what it is at x0. `output`,
     `constant` and `explain` as in `trace`, for a model that is not balanced yet. Raises
     `InputError` and `NonFiniteError`.

@@ -68,7 +68,8 @@ def check_completeness(
     """
     bounds = Bounds(tolerance, least_share)
     bar = nullcontext(on_progress) if on_progress else progress("checking")
-    with bar as tick, torch.inference_mode(False):
+    with bar as listener, torch.inference_mode(False):
+        tick = _Told(listener)
         tick("tracing", 0, 1)
         if isinstance(model, Balanced) and model.graph is not None:
             refuse_chosen("a balanced model", output, constant, explain)
@@ -82,7 +83,7 @@ def check_completeness(
         if numeric and graph.is_meta:
             structure = replace(structure, notes=(*structure.notes, words.NO_VALUES))
         elif numeric:
-            with _judged_by_running(graph):
+            with _judged_by_running(graph, tick):
                 evidence = _evidence(structure, bounds, seed, tick, beside)
             return report_of(structure, evidence, bounds)
         return report_of(structure, None, bounds)
@@ -116,8 +117,23 @@ def assert_complete(
     return report
 
 
+class _Told:
+    """Whom a check tells how far it is: what they raise, to end it, is theirs and stays so."""
+
+    def __init__(self, listener: Tick) -> None:
+        self.listener = listener
+        self.raised: BaseException | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        try:
+            self.listener(stage, done, total)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
 @contextmanager
-def _judged_by_running(graph: ComputationGraph) -> Iterator[None]:
+def _judged_by_running(graph: ComputationGraph, tick: _Told) -> Iterator[None]:
     """What torch or the user's code raises while the model runs is met here: it cannot be judged
     so. Where the model does not run at all, that is what is said."""
     try:
@@ -125,8 +141,8 @@ def _judged_by_running(graph: ComputationGraph) -> Iterator[None]:
     except (FullgradError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        if not isinstance(error, RuntimeError) and not raised_at(error):
-            raise  # nobody's but ours
+        if error is tick.raised or not (isinstance(error, RuntimeError) or raised_at(error)):
+            raise  # theirs who listen, or nobody's but ours
         need_to_run(graph.model, graph.model, graph.args, graph.kwargs)
         raise TraceError(words.does_not_run(graph.name, error)) from without_page(error)
 

@@ -7,7 +7,7 @@ from math import isfinite
 
 import torch
 
-from ..graph.sources import first_line
+from ..graph.sources import first_line, raised_at
 
 # --------------------------------------------------------------------------- the structure
 
@@ -229,7 +229,9 @@ def no_gradient(error: Exception) -> str:
 
 
 def does_not_run(model: str, error: BaseException) -> str:
+    place = raised_at(error)
+    at = f", at {place}" if place else ""
     return (
-        f"{model} does not run in float64 with gradients ({first_line(error)}), which is how it is "
-        "judged; numeric=False looks at its structure, and measures nothing"
+        f"{model} does not run in float64 with gradients ({first_line(error)}{at}), which is how "
+        "it is judged; numeric=False looks at its structure, and measures nothing"
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import print_exception
 from typing import Any
 
@@ -32,10 +33,13 @@ class _Console(Console):
 
 def show(*parts: Any) -> None:
     """Print to stdout, `WIDTH` wide at most."""
+    if sys.stdout is None:  # a process that was started without one
+        return
     console = _Console()
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     for part in parts:
-        console.print(part)
+        with suppress(ValueError):  # the user's code closed it
+            console.print(part)
 
 
 def table(*columns: str, unbroken: str = "") -> Table:
@@ -58,21 +62,39 @@ def judging(
 
     That is whatever the user's code raises, `sys.exit(0)` included. `traceback`: show it as well.
     """
+    streams = sys.stdout, sys.stderr
     try:
-        yield
+        with _warned_of_after(even_of_failures=traceback):
+            yield
         return
     except KeyboardInterrupt:
         why, code = "interrupted", INTERRUPTED
     except BaseException as error:  # noqa: BLE001  no exit code of theirs is a verdict
         why, code = _said(error), 2
         if traceback:
-            print_exception(error)
+            print_exception(error, file=streams[1])
+    finally:
+        sys.stdout, sys.stderr = streams  # the user's code may have put others there
     try:
         record(why)
     except OSError as error:
         why = f"{why} (and this could not be written down: {error})"
     error_line(why)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _warned_of_after(even_of_failures: bool) -> Iterator[None]:
+    """Warnings wait for the end: an error is one line, and what led to it is in that."""
+    failed = True
+    with warnings.catch_warnings(record=True) as given:
+        try:
+            yield
+            failed = False
+        finally:
+            kept = list(given) if even_of_failures or not failed else []
+    for warning in kept:
+        warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _said(error: BaseException) -> str:
@@ -104,7 +126,8 @@ def _out_of_memory(error: BaseException | None) -> bool:
     from ..graph.sources import said
 
     while error is not None:
-        lacking = "not enough memory" in said(error) and isinstance(error, RuntimeError)
+        words = said(error)
+        lacking = isinstance(error, RuntimeError) and "memory" in words and "allocat" in words
         if lacking or isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         error = error.__cause__

@@ -33,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dis
 import linecache
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -180,13 +180,23 @@ _TAKES_A_BRANCH = ("JUMP", "UNARY_NOT", "TO_BOOL", "CONTAINS_OP")
 _GOES_ON = ("GET_ITER", "FOR_ITER", "UNPACK_SEQUENCE", "UNPACK_EX")
 
 
+_BATCHED = 'call model.set_experts_implementation("batched_mm") first'
+
+
+def other_experts(model: object, paths: Collection[str]) -> str:
+    """How a mixture of experts of transformers is run so that it can be judged; "" where no module
+    at these paths is one of its experts, or the model has no choice."""
+    inside = any("experts" in path.split(".") for path in paths)
+    modules = model.modules() if inside and isinstance(model, nn.Module) else ()
+    offered = any(hasattr(module, "set_experts_implementation") for module in modules)
+    return _BATCHED if offered else ""
+
+
 def _is_in_experts(failure: Failure) -> bool:
-    """Whether transformers' experts were being run, whose model offers other ways to run them."""
-    holders = (hasattr(m, "set_experts_implementation") for m in failure.module.modules())
-    owners = [frame.f_locals.get("self") for frame in failure.frames]
+    """Whether experts were being run, each on as many tokens as values send to it."""
     paths = {id(m): path for path, m in failure.module.named_modules()}
-    inside = any("experts" in paths.get(id(owner), "").split(".") for owner in owners)
-    return failure.data_dependent and inside and any(holders)
+    run = [paths.get(id(frame.f_locals.get("self")), "") for frame in failure.frames]
+    return failure.data_dependent and bool(other_experts(failure.module, run))
 
 
 def _branches(failure: Failure) -> str:
@@ -255,7 +265,7 @@ _SEEN = (
     Cause(
         _is_in_experts,
         "its mixture of experts runs each expert on as many tokens as are sent to it",
-        'call model.set_experts_implementation("batched_mm") first',
+        _BATCHED,
     ),
     Cause(
         _branches,

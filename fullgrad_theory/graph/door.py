@@ -181,7 +181,8 @@ def default_inputs(model: Model, batch: int = 1) -> tuple[Tensor, ...]:
     """Seeded random inputs where the model says what it takes (timm's `pretrained_cfg`)."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, Mapping) else None
-    if size is None:
+    sized = isinstance(size, (tuple, list)) and all(isinstance(s, int) and s > 0 for s in size)
+    if size is None or not sized:
         raise InputError(
             f"{name_of(model)} does not say what it takes; pass inputs, for example "
             "inputs=torch.randn(1, 3, 224, 224), or a tuple of tensors in the order of forward()"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from ..errors import FullgradError, InputError
 from .sources import first_line, raised_at
@@ -22,6 +24,30 @@ def met(what: str, way_out: str = "", unless: tuple[type[Exception], ...] = ()) 
         if isinstance(error, (FullgradError, KeyboardInterrupt, *unless)):
             raise
         raise InputError(told(what, error, way_out)) from without_page(error)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def ours(function: Callable[P, T]) -> Callable[P, T]:
+    """Foreign errors out of the user's code, wherever it is called from, are an `InputError`.
+
+    What is raised elsewhere is a fault of this library, and stays what it is.
+    """
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (FullgradError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if not raised_at(error):
+                raise
+            raise InputError(told("the model's code fails", error)) from without_page(error)
+
+    return guarded
 
 
 def told(what: str, error: BaseException, way_out: str = "") -> str:

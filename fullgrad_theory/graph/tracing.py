@@ -44,7 +44,7 @@ from .door import (
     tensors_of,
 )
 from .fakes import fake_mode, fill_fake_values
-from .foreign import without_page
+from .foreign import ours, without_page
 from .forms import Form
 from .functional import functionalise
 from .leaves import LeafSpec, Leaves
@@ -53,6 +53,7 @@ from .outputs import Selection, Watch
 from .sources import first_line, is_written_outside, shorten
 
 
+@ours
 def trace(
     model: Model,
     inputs: Inputs = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.sample import need_one_size
 from ..errors import InputError, NonFiniteError
+from ..graph.foreign import met
 
 
 class Sample(Protocol):
@@ -108,7 +109,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def _sample(samples: Samples, index: int) -> Sample:
     """One sample; an error where it is not made like one."""
-    sample = samples[index]
+    with met(f"sample {index} cannot be read"):
+        sample = samples[index]
     lacking = [name for name in ("image", "label", "mask") if not hasattr(sample, name)]
     if lacking:
         raise InputError(

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
+from ..graph.foreign import met
 from ..graph.sources import first_line
 from .sequence import Grid, TokenSequence, entering, find_sequence
 
@@ -198,7 +199,7 @@ def _refusal(remove: Remove, x: Tensor, grid: Grid) -> str | None:
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """The model's output for images, (B, classes)."""
-    with torch.no_grad():
+    with torch.no_grad(), met(f"{type(model).__name__} does not run on images {tuple(x.shape)}"):
         output = model(x)
     flat = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
     if not flat or flat[0].dim() != 2:

@@ -14,9 +14,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..errors import TrainingModeError, UnregisteredOperationError
+from ..graph.causes import other_experts
 from ..graph.computation import ComputationGraph, holds_tensor, is_float
 from ..graph.constants import Constants
 from ..graph.normal import enter_autocast, leave_autocast
+from ..graph.sources import module_path
 from ..operators.algebra import Algebra, Role
 from ..operators.calls import Call, Operand, bind, is_ray, operands, target_name
 from ..operators.record import Operator
@@ -88,9 +90,11 @@ def liveness(graph: ComputationGraph) -> Liveness:
         + (f" and {len(calls) - 1} more" if len(calls) > 1 else "")
         for name, calls in sorted(nodes.items())
     ]
+    experts = other_experts(graph.model, [module_path(graph.nodes[name]) for name in walk.unknown])
     raise UnregisteredOperationError(
         "these operations carry the input and are not registered:\n"
         + "\n".join(lines)
+        + (f"\n{experts}: its experts then run by operations that are known; or" if experts else "")
         + "\nregister each with its class and degree rule, a sum of products of its arguments, "
         "for example\n"
         "  from fullgrad_theory import Algebra, register\n"
