@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -40,7 +41,33 @@ class Files:
             self.junit.write_text(to_junit(report) + "\n", encoding="utf-8")
 
 
-def check(chosen: Chosen, policy: str | None, numeric: bool, unknown: Unknown, files: Files) -> int:
+@dataclass(frozen=True)
+class Asked:
+    """What is judged of the output, and what is held constant of the inputs."""
+
+    output: str | None = None
+    constant: list[str] | None = None
+    explain: list[str] | None = None
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As `trace` takes them."""
+        place = self.output is not None and self.output.lstrip("-").isdecimal()
+        return {
+            "output": int(self.output or 0) if place else self.output,
+            "constant": self.constant or (),
+            "explain": self.explain or None,
+        }
+
+
+def check(
+    chosen: Chosen,
+    policy: str | None,
+    numeric: bool,
+    unknown: Unknown,
+    files: Files,
+    asked: Asked = Asked(),  # noqa: B008
+) -> int:
     """Check, write and print; the exit code."""
     name = chosen.name
     category = f"{name}/{policy or 'plain'}"  # the same whether it could be judged or not
@@ -51,7 +78,9 @@ def check(chosen: Chosen, policy: str | None, numeric: bool, unknown: Unknown, f
     with judging(unjudged):
         model = create(chosen)
         given = inputs_of(model, chosen)
-        report = check_completeness(model, given, policy=policy, numeric=numeric, unknown=unknown)
+        report = check_completeness(
+            model, given, policy=policy, numeric=numeric, unknown=unknown, **asked.keywords
+        )
     with judging():
         files.write(report, definition(model) or file_of(name), category)
     show(report if sys.stdout.isatty() else Text(str(report)))
@@ -59,7 +88,12 @@ def check(chosen: Chosen, policy: str | None, numeric: bool, unknown: Unknown, f
 
 
 def derive(
-    chosen: Chosen, policy: str, alternatives: int, unknown: Unknown, save: Path | None
+    chosen: Chosen,
+    policy: str,
+    alternatives: int,
+    unknown: Unknown,
+    save: Path | None,
+    asked: Asked = Asked(),  # noqa: B008
 ) -> None:
     """Derive a plan, write and print it."""
     with judging():
@@ -67,7 +101,12 @@ def derive(
         given = inputs_of(model, chosen)
         with progress("deriving"):
             plan = derive_rules(
-                model, given, policy=policy, alternatives=alternatives, unknown=unknown
+                model,
+                given,
+                policy=policy,
+                alternatives=alternatives,
+                unknown=unknown,
+                **asked.keywords,
             )
         if save is not None:
             plan.save(save)

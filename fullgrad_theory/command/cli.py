@@ -13,10 +13,13 @@ import typer
 
 from .options import (
     As,
+    Constant,
     Device,
+    Explain,
     IfUnknown,
     Inputs,
     Name,
+    Output,
     Pretrained,
     Unknown,
     Weights,
@@ -80,13 +83,17 @@ def check(
     weights: Weights = None,
     pretrained: Pretrained = False,
     unknown: IfUnknown = Unknown.ERROR,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
 ) -> None:
     """Check a model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, weights, pretrained, device, dtype)
     files = checking.Files(json, sarif, junit)
-    raise typer.Exit(checking.check(chosen, policy, numeric, unknown, files))
+    asked = checking.Asked(output, constant, explain)
+    raise typer.Exit(checking.check(chosen, policy, numeric, unknown, files, asked))
 
 
 @app.command()
@@ -104,12 +111,16 @@ def derive(
     ] = 0,
     device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
 ) -> None:
     """Derive the edits that a policy makes to a model's backward pass, and show why."""
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, device=device)
-    checking.derive(chosen, policy, alternatives, unknown, save)
+    asked = checking.Asked(output, constant, explain)
+    checking.derive(chosen, policy, alternatives, unknown, save, asked)
 
 
 @app.command()
