@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -48,6 +49,25 @@ def _write(path: Path | None, text: Callable[[], str]) -> None:
             beside.write_text(text() + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is judged of the output, and what is held constant of the inputs."""
+
+    output: str | None = None
+    constant: list[str] | None = None
+    explain: list[str] | None = None
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As `trace` takes them."""
+        place = self.output is not None and self.output.lstrip("-").isdecimal()
+        return {
+            "output": int(self.output or 0) if place else self.output,
+            "constant": self.constant or (),
+            "explain": self.explain or None,
+        }
+
+
 def check(
     chosen: Chosen,
     policy: str | None,
@@ -55,6 +75,7 @@ def check(
     unknown: Unknown,
     files: Files,
     traceback: bool = False,
+    asked: Asked = Asked(),
 ) -> int:
     """Check, write and print; the exit code."""
     name = chosen.name
@@ -67,7 +88,9 @@ def check(
         files = files.withdrawn()
         model = create(chosen)
         given = inputs_of(model, chosen)
-        report = check_completeness(model, given, policy=policy, numeric=numeric, unknown=unknown)
+        report = check_completeness(
+            model, given, policy=policy, numeric=numeric, unknown=unknown, **asked.keywords
+        )
     with judging(traceback=traceback):
         files.write(report, definition(model) or file_of(name), category)
     show(report if sys.stdout.isatty() else Text(str(report)))
@@ -81,6 +104,7 @@ def derive(
     unknown: Unknown,
     save: Path | None,
     traceback: bool = False,
+    asked: Asked = Asked(),
 ) -> None:
     """Derive a plan, write and print it."""
     with judging(traceback=traceback):
@@ -89,7 +113,12 @@ def derive(
         given = inputs_of(model, chosen)
         with progress("deriving"):
             plan = derive_rules(
-                model, given, policy=policy, alternatives=alternatives, unknown=unknown
+                model,
+                given,
+                policy=policy,
+                alternatives=alternatives,
+                unknown=unknown,
+                **asked.keywords,
             )
         if save is not None:
             with replacing(save) as beside:

@@ -13,10 +13,13 @@ import typer
 
 from .options import (
     As,
+    Constant,
     Device,
+    Explain,
     IfUnknown,
     Inputs,
     Name,
+    Output,
     Pretrained,
     Reporting,
     Traceback,
@@ -83,13 +86,18 @@ def check(
     pretrained: Pretrained = False,
     unknown: IfUnknown = Unknown.ERROR,
     traceback: Traceback = False,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
 ) -> None:
     """Check a model's gradient; exit code 0 complete, 1 incomplete, 2 could not be judged."""
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, weights, pretrained, device, dtype)
     files = checking.Files(json, sarif, junit)
-    raise typer.Exit(checking.check(chosen, policy, numeric, unknown, files, traceback))
+    asked = checking.Asked(output, constant, explain)
+    code = checking.check(chosen, policy, numeric, unknown, files, traceback, asked)
+    raise typer.Exit(code)
 
 
 @app.command(cls=Reporting)
@@ -108,12 +116,16 @@ def derive(
     device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
     traceback: Traceback = False,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
 ) -> None:
     """Derive the edits that a policy makes to a model's backward pass, and show why."""
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, device=device)
-    checking.derive(chosen, policy, alternatives, unknown, save, traceback)
+    asked = checking.Asked(output, constant, explain)
+    checking.derive(chosen, policy, alternatives, unknown, save, traceback, asked)
 
 
 @app.command(cls=Reporting)

@@ -272,6 +272,22 @@ As = Annotated[
 Traceback = Annotated[
     bool, typer.Option("--traceback", help="Show the Python traceback behind an error, too.")
 ]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What of the model's output is judged, by name (logits, aux.logits) or position (0); "
+        "left out, its logits where it has some, else all of it.",
+    ),
+]
+Constant = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="An input that is held constant, once for each."),
+]
+Explain = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="An input to explain, the rest being held constant."),
+]
 IfUnknown = Annotated[
     Unknown, typer.Option(help="Operations nobody registered: an error, or measured.")
 ]

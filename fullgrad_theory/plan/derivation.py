@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from torch import fx
 
 from ..edits.costs import Policy, within
 from ..edits.costs import policy as policy_of
 from ..edits.folding import fold
-from ..edits.kinds import Edit, Integrate
+from ..edits.kinds import Edit, Integrate, Scale
 from ..errors import InputError, NoPlanError, PolicyError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model, Names
@@ -76,12 +77,12 @@ def derive_rules(
         return _plan(problem, before, before, Edits(), True)
     whole = spelled(graph, before, chosen)
     if not whole:
-        return _search(problem, before, alternatives, effort)
+        return _reaching(problem, before, alternatives, effort)
     folded = fold(graph, whole)
     # a user folds a region in order to have it integrated; this one is an operation with a price
     priced = {e.node: replace(REGION) for e in whole if isinstance(e, Integrate)}
     folded = replace(folded, measured={**folded.measured, **priced})
-    plan = _search(*_problem(folded, chosen), alternatives, effort)
+    plan = _reaching(*_problem(folded, chosen), alternatives, effort)
     return _unfolded(plan, graph, {type(edit)(edit.node): edit for edit in whole})
 
 
@@ -113,6 +114,69 @@ def _check_modules(graph: ComputationGraph, policy: Policy) -> None:
                 f"policy {policy.name!r} keeps {pattern!r}, and {graph.name} has no such module; "
                 f"its modules: {', '.join(compress(paths)[:12]) or 'none'}"
             )
+
+
+def _reaching(problem: Problem, before: Degrees, alternatives: int, effort: float) -> Plan:
+    """The plan, but that no factor is held fixed whose inputs would then be explained nowhere.
+
+    To cut one of two towers off costs less than to mend it, and says nothing of its input.
+    """
+    plan = _search(problem, before, alternatives, effort)
+    lost = _lost(problem, before, plan.edits)
+    meeting = [
+        edit.node
+        for edit, gone in plan.cuts.items()
+        if edit.held and lost & {*gone} and problem.is_factor(edit.node, edit.held)
+    ]
+    policy = problem.policy
+    if alternatives or not policy.complete or policy.scale is None or len(meeting) != 1:
+        return plan
+    return _of_both(problem, before, lost, meeting[0], effort) or plan
+
+
+def _of_both(
+    problem: Problem, before: Degrees, lost: set[str], meeting: str, effort: float
+) -> Plan | None:
+    """Each tower mended with the other one held constant, and the product that they meet in halved;
+    None where that does not make the graph complete."""
+    graph = problem.graph
+    one = _inputs_behind(graph, lost)
+    other = _inputs_behind(graph, set(problem.live.sources) & before.alive - lost)
+    if not one or not other or one & other:
+        return None
+    try:
+        plans = [
+            derive_rules(
+                replace(graph, held=graph.held | held), None, problem.policy, effort=effort
+            )
+            for held in (one, other)
+        ]
+    except NoPlanError:
+        return None
+    place = graph.places
+    both = {edit for plan in plans for edit in plan.edits} | {Scale(meeting, Fraction(1, 2))}
+    edits = tuple(sorted(both, key=lambda edit: (place[graph.nodes[edit.node]], edit.stage)))
+    if len({(edit.node, edit.place) for edit in edits}) < len(edits):
+        return None
+    after = degrees(graph, edits, problem.live)
+    if after.findings or _lost(problem, before, edits):
+        return None
+    cost = sum(plan.cost for plan in plans) + (problem.policy.scale or 0)
+    return _plan(problem, before, after, Edits(edits, cost), all(p.optimal for p in plans))
+
+
+def _inputs_behind(graph: ComputationGraph, names: Collection[str]) -> frozenset[str]:
+    """The inputs that values are made of."""
+    behind = [graph.nodes[name] for name in names]
+    for node in behind:
+        behind += [n for n in node.all_input_nodes if n not in behind]
+    return frozenset(n.name for n in behind if n.op == "placeholder")
+
+
+def _lost(problem: Problem, before: Degrees, edits: tuple[Edit, ...]) -> set[str]:
+    """The inputs that edits cut off."""
+    after = degrees(problem.graph, edits, problem.live)
+    return {s for s in problem.live.sources if s in before.alive and s not in after.alive}
 
 
 def _search(problem: Problem, before: Degrees, alternatives: int, effort: float) -> Plan:

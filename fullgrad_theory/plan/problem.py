@@ -246,6 +246,16 @@ class Problem:
         modules = {module_path(node) for node in passed}
         return Prune.price(self.policy, call.operator if call else None, modules)
 
+    def is_factor(self, name: str, argument: str) -> bool:
+        """Whether an edge brings one of two equal factors, and no gate, weight or divisor: its
+        value is made of its inputs by linear steps and norms last."""
+        reader = self.live.calls[name]
+        if reader.operator.algebra is not Algebra.MULTILINEAR or reader.gate:
+            return False
+        made = self._computed_by(reader.node(argument), [])
+        bends = made is not None and made.operator.algebra not in _FACTORS
+        return not bends and not self._normalises(name, argument)
+
     def _computed_by(self, value: fx.Node | None, passed: list[fx.Node]) -> Call | None:
         """The call that computes a value, past what merely moves it; `passed`: all on the way."""
         while value is not None and (call := self.live.calls.get(value.name)):
@@ -308,6 +318,9 @@ class Problem:
         if nodes[-1].small == (True,):
             nodes[-1] = replace(nodes[-1], is_end=True)
         return Piece(tuple(nodes))
+
+
+_FACTORS = (Algebra.STRUCTURAL, Algebra.AFFINE, Algebra.MULTILINEAR, Algebra.NORMALISER)
 
 
 def _is_small(
