@@ -16,7 +16,7 @@ from ..edits.folding import fold
 from ..edits.kinds import Edit
 from ..edits.writing import Writing
 from ..errors import InputError
-from ..graph.computation import ComputationGraph, tensor_value
+from ..graph.computation import ComputationGraph, tensor_value, unbound
 from ..graph.door import Inputs, Model
 from ..graph.leaves import LeafSpec
 from ..plan.derivation import derive_rules
@@ -146,4 +146,4 @@ def rewrite(
     )
     module = fx.GraphModule(graph.fx if root is None else root, writing.write(as_it_is), "Balanced")
     module.eval()
-    return module
+    return unbound(module)

@@ -15,6 +15,7 @@ from ..edits.costs import Policy
 from ..errors import FullgradError, NonFiniteError, TraceError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model, modules_of
+from ..graph.keeping import alone
 from ..graph.leaves import LeafSpec
 from ..operators.calls import is_ray
 from ..plan.labelling import degrees
@@ -113,6 +114,7 @@ def _judged_by_running(graph: ComputationGraph) -> Iterator[None]:
         raise TraceError(words.does_not_run(graph.name, error)) from error
 
 
+@alone()  # warnings, the stance of torch.compile and the fast path are of the whole process
 def _evidence(
     structure: Structure,
     bounds: Bounds,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..graph.computation import ComputationGraph, holds_tensor
+from ..graph.computation import ComputationGraph, holds_tensor, unbound
 from ..graph.door import copied, modules_of
 from ..operators.calls import is_ray
 from .lifting import WIDE, wide
@@ -31,7 +31,7 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
     for part in modules_of(graph.model) if with_model else ():
         memo |= _computed(part)
     own = copied(graph.model, memo) if with_model else None
-    root = copy.deepcopy(graph.fx, memo)
+    root = unbound(copy.deepcopy(graph.fx, memo))
     parts = modules_of(own) if own is not None else []
     for module in (root, *parts):
         module._apply(wide)
@@ -63,7 +63,7 @@ def cast_copy(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
         id(p): nn.Parameter(cast(p.detach(), dtype), p.requires_grad) for p in module.parameters()
     }
     buffers = {id(b): cast(b.detach(), dtype) for b in module.buffers()}
-    return copy.deepcopy(module, parameters | buffers)
+    return unbound(copy.deepcopy(module, parameters | buffers))
 
 
 def widened(module: fx.GraphModule) -> fx.GraphModule:

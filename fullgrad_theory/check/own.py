@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..backward.balanced import rewrite
 from ..backward.running import inner
 from ..graph.door import modules_of
-from ..graph.tracing import untouched, without_fast_path
+from ..graph.keeping import kept, untouched, without_fast_path
 from ..operators.calls import is_ray
 from . import words
 from .gradient import Gradient, Shares, traced_gradient
@@ -114,7 +114,7 @@ def _own_gradient(
     args, kwargs = pytree.tree_unflatten(passed, spec)
     named = zip(graph.placeholders, leaves, strict=False)
     given = {n.name: t for n, t in named if is_ray(t) and n.name in traced.by_source}
-    with lifted():
+    with lifted(), kept(model):  # in float64: a cache that keeps it is no longer the user's
         outputs = float_leaves(model(*args, **kwargs))
         if [o.shape for o in outputs] != [c.shape for c in traced.cotangents]:
             return [], given, []

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from ..errors import PlanError
-from ..graph.computation import ComputationGraph
+from ..graph.computation import ComputationGraph, unbound
 from ..graph.normal import enter_autocast, leave_autocast
 from ..operators.registry import record_of, region_of
 from .base import Edit
@@ -37,7 +37,7 @@ def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
     inside = {e.node: [record_of(graph.nodes[n]) for n in e.folds] for e in todo}
     records = {e.node: e.record([r for r in inside[e.node] if r is not None]) for e in todo}
     known = {node: record for node, record in records.items() if record is not None}
-    return replace(graph, fx=module, measured={**graph.measured, **known})
+    return replace(graph, fx=unbound(module), measured={**graph.measured, **known})
 
 
 def _open(graph: ComputationGraph, edit: Edit) -> bool:

@@ -6,11 +6,8 @@ The batch dimension is left open where the model allows it; nothing that an expo
 from __future__ import annotations
 
 import inspect
-import sys
-import threading
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -27,7 +24,6 @@ from .door import (
     Model,
     as_module,
     check_arguments,
-    modules_of,
     name_of,
     own_copy,
     split_inputs,
@@ -35,11 +31,13 @@ from .door import (
 )
 from .fakes import fake_mode, fill_fake_values
 from .functional import functionalise
+from .keeping import alone, eagerly, kept, muted, untouched, without_fast_path
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, mutates, unroll
 from .sources import first_line, is_users, shorten
 
 
+@alone()
 def trace(
     model: Model, inputs: Inputs = None, *, leaves: Collection[LeafSpec] = ()
 ) -> ComputationGraph:
@@ -62,7 +60,7 @@ def trace(
         raise InputError("inputs hold no tensor with elements; pass what the model's forward takes")
     check_arguments(module, model, args, kwargs)
     kept_whole = Leaves(module, leaves)
-    with kept(module), muted(), torch.inference_mode(False):
+    with muted(), torch.inference_mode(False):
         program, dynamic = _export(module, model, args, kwargs, kept_whole)
     unlifted = program.module()
     inline_regions(unlifted)
@@ -129,7 +127,7 @@ def _callexport(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, leaves: Leaves
 ) -> torch.export.ExportedProgram:
     quiet, grad = warnings.catch_warnings(), torch.enable_grad()
-    with quiet, grad, without_fast_path(), leaves.installed():
+    with quiet, grad, without_fast_path(), kept(module), leaves.installed():
         warnings.simplefilter("ignore")
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
@@ -169,8 +167,8 @@ def _calls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], siz
     given = pytree.tree_map_only(Tensor, lambda t: t[:size] if t.dim() else t, (args, kwargs))
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     held, given = pytree.tree_map_only(Tensor, fake.from_tensor, (held, given))
-    eager = torch.compiler.set_stance("force_eager")  # dynamo would run real kernels on fakes
-    with eager, fake, torch.no_grad(), _Calls() as calls:
+    # what is compiled would run real kernels on fakes
+    with kept(module), eagerly(), fake, torch.no_grad(), _Calls() as calls:
         torch.func.functional_call(module, held, *given)
     return calls
 
@@ -187,71 +185,6 @@ def _same_calls(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         and len(one.numbers) == len(two.numbers)
         and all(b in (a, 2 * a) for a, b in zip(one.numbers, two.numbers, strict=True))
     )
-
-
-@contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
-    """Undo what running the model's code sets on it (`self.cache = x`), which would be a fake."""
-    dicts = [m.__dict__ for m in module.modules()]
-    values = [v for d in dicts for v in d.values()]
-    dicts += [v for v in values if isinstance(v, dict)]
-    dicts_before = [(d, d.copy()) for d in dicts]
-    lists_before = [(v, v.copy()) for v in values if isinstance(v, list)]
-    try:
-        yield
-    finally:
-        for now, old in dicts_before:
-            for key in now.keys() - old.keys():
-                del now[key]
-            now.update({k: v for k, v in old.items() if k not in now or now[k] is not v})
-        for listed, was in lists_before:
-            if [*map(id, listed)] != [*map(id, was)]:
-                listed[:] = was
-
-
-class _Mute:
-    """A stream that drops what one thread writes; others (a progress bar) go on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.thread = stream, threading.get_ident()
-
-    def write(self, text: str) -> int:
-        quiet = threading.get_ident() == self.thread
-        return len(text) if quiet else int(self.stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def muted() -> redirect_stderr[Any]:
-    """torch.export writes pages to stderr when it fails; the error raised says what matters."""
-    return redirect_stderr(_Mute(sys.stderr))
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """torch's own layers leave their kernels for inference alone, which round differently."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model returns; whatever its code writes to itself or to its inputs is undone."""
-    module = nn.ModuleList(modules_of(model))
-    held = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
-    given, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    eager = torch.compiler.set_stance("force_eager")
-    try:
-        with kept(module), eager:
-            return model(*given, **named)
-    finally:
-        for tensor, value in held:
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)
 
 
 def _explain(
