@@ -33,7 +33,7 @@ SPACE = SimpleNamespace(table=None)
 LOCAL = threading.local()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unbounded(count: int) -> Tensor:
     return ramp(count)
 

@@ -16,13 +16,15 @@ from ..edits.folding import fold
 from ..edits.kinds import Edit
 from ..edits.writing import Writing
 from ..errors import InputError
-from ..graph.computation import ComputationGraph, tensor_value, unbound
+from ..graph.computation import ComputationGraph, tensor_value
 from ..graph.door import Inputs, Model
 from ..graph.leaves import LeafSpec
+from ..graph.passing import unbound
 from ..plan.derivation import derive_rules
 from ..plan.labelling import degrees
 from ..plan.measuring import graph_of as _graph
 from ..plan.plan import Plan
+from .once import guarded
 
 
 class Balanced(nn.Module):
@@ -60,7 +62,9 @@ class Balanced(nn.Module):
                     f"this model was balanced for inputs of shape {shape}, got "
                     f"{tuple(given.shape)}; call balance() again with inputs of that shape"
                 )
-        return self.fx(*args, **kwargs)
+        state = (*self.fx.parameters(), *self.fx.buffers())
+        run = lambda given: self.fx(*given[0], **given[1])  # noqa: E731
+        return guarded(self.plan.edits, state, run, (args, kwargs))
 
     def _as_traced(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..graph.computation import ComputationGraph, holds_tensor, unbound
+from ..graph.computation import ComputationGraph, holds_tensor
 from ..graph.door import copied, modules_of
+from ..graph.passing import recompile, unbound
 from ..operators.calls import is_ray
 from .lifting import WIDE, wide
 
@@ -75,7 +76,7 @@ def widened(module: fx.GraphModule) -> fx.GraphModule:
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
                 _widen_node(node)
-            part.recompile()
+            recompile(part)
     return module
 
 

@@ -101,12 +101,6 @@ class ComputationGraph:
         return any(t.is_meta for t in tensors)
 
 
-def unbound(module: GraphModule) -> GraphModule:
-    """A module whose graph does not hold it, so that its tensors go as soon as nobody holds it."""
-    module.graph.owning_module = None
-    return module
-
-
 def tensor_value(node: Node) -> Tensor | None:
     """The fake tensor that stands for a node's value, None where it is no tensor."""
     value = node.meta.get("val")

@@ -225,7 +225,7 @@ class _Reach:
         for name in names:
             self._global(space, name)
             value = space.get(name)
-            if issubclass(type(value), ModuleType) and not _is_foreign(value.__name__):
+            if isinstance(value, ModuleType) and not _is_foreign(value.__name__):
                 for inner in names:
                     self._global(vars(value), inner)
 
@@ -419,7 +419,8 @@ def _holds_tensor(value: Any) -> bool:
 
 def _tensors_in(value: Any) -> Iterator[Any]:
     """The tensors, and the sizes that an export traced, in nested containers and objects."""
-    queue, seen = deque([value]), {}
+    queue: deque[Any] = deque([value])
+    seen: dict[int, Any] = {}
     while queue and len(seen) < 10_000:
         one = queue.popleft()
         kind = type(one)

@@ -34,10 +34,12 @@ from .functional import functionalise
 from .keeping import alone, eagerly, kept, muted, untouched, without_fast_path
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, mutates, unroll
+from .passing import passing
 from .sources import first_line, is_users, shorten
 
 
 @alone()
+@passing()
 def trace(
     model: Model, inputs: Inputs = None, *, leaves: Collection[LeafSpec] = ()
 ) -> ComputationGraph:
