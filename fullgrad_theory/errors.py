@@ -46,6 +46,10 @@ class PlanError(FullgradError, ValueError):
     """A plan does not fit the graph it is applied to."""
 
 
+class DerivativeError(FullgradError, RuntimeError):
+    """A balanced model is differentiated twice, or forward, which its edits have no meaning for."""
+
+
 class MissingExtraError(FullgradError, ImportError):
     """A package that only an extra installs is not there; the message says which to install."""
 

@@ -156,7 +156,7 @@ class _Gathering(Run):
         biases: bool,
     ) -> None:
         graph = anatomy.graph
-        super().__init__(balanced.fx, graph, labels, self._on_bias)
+        super().__init__(balanced.fx, graph, labels)
         self.anatomy, self.with_biases = anatomy, biases
         self.stream, self.sites = stream, {s.node: s for s in sites}
         self.kept: dict[str, Tensor] = {}
@@ -193,7 +193,7 @@ class _Gathering(Run):
         finally:
             self._heard = False
 
-    def _on_bias(self, key: str, g: Tensor, added: Tensor) -> None:
+    def hear(self, key: str, g: Tensor, added: Tensor) -> None:
         if not self._heard:
             return
         name, _, index = key.partition("[")

@@ -22,10 +22,12 @@ from ..graph.door import Inputs, Model, Names
 from ..graph.forms import ordered_as, plain
 from ..graph.leaves import LeafSpec
 from ..graph.outputs import Selection
+from ..graph.passing import unbound
 from ..plan.derivation import derive_rules
 from ..plan.labelling import degrees
 from ..plan.measuring import graph_of as _graph
 from ..plan.plan import Plan
+from .once import guarded
 
 
 class Balanced(nn.Module):
@@ -60,7 +62,9 @@ class Balanced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.arranged(args, kwargs)
         module = self.fx if self.whole is None else self.whole
-        return self._reading.returned(module(*args, **kwargs))
+        state = (*module.parameters(), *module.buffers())
+        run = lambda given: module(*given[0], **given[1])  # noqa: E731
+        return self._reading.returned(guarded(self.plan.edits, state, run, (args, kwargs)))
 
     def arranged(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -174,4 +178,4 @@ def rewrite(
     )
     module = fx.GraphModule(graph.fx if root is None else root, writing.write(as_it_is), "Balanced")
     module.eval()
-    return module
+    return unbound(module)

@@ -26,11 +26,20 @@ class Run(Walker):
     """
 
     def __init__(
-        self, module: fx.GraphModule, graph: ComputationGraph, labels: Degrees, on_bias: OnBias
+        self,
+        module: fx.GraphModule,
+        graph: ComputationGraph,
+        labels: Degrees,
+        on_bias: OnBias | None = None,
     ) -> None:
         super().__init__(module)
         self.original, self.labels, self.on_bias = graph.nodes, labels, on_bias
         self.sources: dict[str, Tensor] = {}
+
+    def hear(self, key: str, g: Tensor, added: Tensor) -> None:
+        """Of a bias leaf, in the backward."""
+        if self.on_bias is not None:
+            self.on_bias(key, g, added)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -60,7 +69,7 @@ class Run(Walker):
 def _tell(run: weakref.ref[Run], key: str, added: Tensor, g: Tensor | None) -> None:
     listening = run()
     if listening is not None and g is not None:  # None: of an output that nobody reads
-        listening.on_bias(key, g.detach(), added)
+        listening.hear(key, g.detach(), added)
 
 
 def bias_maps(

@@ -16,6 +16,7 @@ from ..errors import FullgradError, NonFiniteError, TraceError
 from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model, Names, modules_of
 from ..graph.foreign import without_page
+from ..graph.keeping import alone
 from ..graph.leaves import LeafSpec
 from ..graph.outputs import Selection
 from ..graph.sources import raised_at
@@ -147,6 +148,7 @@ def _judged_by_running(graph: ComputationGraph, tick: _Told) -> Iterator[None]:
         raise TraceError(words.does_not_run(graph.name, error)) from without_page(error)
 
 
+@alone()  # warnings, the stance of torch.compile and the fast path are of the whole process
 def _evidence(
     structure: Structure,
     bounds: Bounds,

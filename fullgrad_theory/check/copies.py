@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..errors import FullgradError, InputError
 from ..graph.computation import ComputationGraph, holds_tensor
 from ..graph.door import Model, copied, modules_of
+from ..graph.passing import recompile, unbound
 from ..operators.calls import is_ray
 from . import words
 from .lifting import WIDE, wide
@@ -34,7 +35,7 @@ def double_copies(graph: ComputationGraph, with_model: bool) -> tuple[Any, fx.Gr
         memo |= _computed(part)
     try:
         own = copied(graph.model, memo) if with_model else None
-        root = copy.deepcopy(graph.fx, memo)
+        root = unbound(copy.deepcopy(graph.fx, memo))
     except (FullgradError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a lock, an open file, or the user's __deepcopy__
@@ -86,7 +87,7 @@ def cast_copy(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
         id(p): nn.Parameter(cast(p.detach(), dtype), p.requires_grad) for p in module.parameters()
     }
     buffers = {id(b): cast(b.detach(), dtype) for b in module.buffers()}
-    return copy.deepcopy(module, parameters | buffers)
+    return unbound(copy.deepcopy(module, parameters | buffers))
 
 
 def widened(module: fx.GraphModule) -> fx.GraphModule:
@@ -99,7 +100,7 @@ def widened(module: fx.GraphModule) -> fx.GraphModule:
             for node in list(part.graph.nodes):
                 _widen_node(node)
                 _widen_behind(node)
-            part.recompile()
+            recompile(part)
     return module
 
 

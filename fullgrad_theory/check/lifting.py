@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..graph.tracing import without_fast_path
+from ..graph.keeping import eagerly, without_fast_path
 
 WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | dict.fromkeys(
     (torch.complex32, torch.complex64), torch.complex128
@@ -49,6 +49,5 @@ def _is_made(given: Any, result: Any) -> bool:
 @contextmanager
 def lifted() -> Iterator[None]:
     """Within it the caller's thread computes in float64, eagerly, with gradients."""
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, without_fast_path(), torch.enable_grad(), _Lifted():
+    with eagerly(), without_fast_path(), torch.enable_grad(), _Lifted():
         yield

@@ -19,7 +19,7 @@ from ..backward.balanced import rewrite
 from ..backward.running import inner
 from ..graph.door import modules_of
 from ..graph.foreign import met
-from ..graph.tracing import untouched, without_fast_path
+from ..graph.keeping import kept, untouched, without_fast_path
 from ..operators.calls import is_ray
 from . import words
 from .gradient import Gradient, Shares, traced_gradient
@@ -117,7 +117,7 @@ def _own_gradient(
     args, kwargs = graph.given(*pytree.tree_unflatten(passed, spec))
     named = zip(graph.placeholders, leaves, strict=False)
     given = {n.name: t for n, t in named if is_ray(t) and n.name in traced.by_source}
-    with lifted():
+    with lifted(), kept(model):  # in float64: a cache that keeps it is no longer the user's
         outputs = graph.reading.tensors(model(*args, **kwargs))
         if [o.shape for o in outputs] != [c.shape for c in traced.cotangents]:
             return [], given, []

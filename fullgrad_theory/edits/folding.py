@@ -16,6 +16,7 @@ from torch import fx, nn
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..graph.normal import enter_autocast, leave_autocast
+from ..graph.passing import recompile, unbound
 from ..operators.registry import record_of, region_of
 from .base import Edit
 
@@ -32,12 +33,12 @@ def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
     for edit in todo:
         _fold_one(graph, module, edit)
     module.graph.lint()
-    module.recompile()
+    recompile(module)
     module.eval()
     inside = {e.node: [record_of(graph.nodes[n]) for n in e.folds] for e in todo}
     records = {e.node: e.record([r for r in inside[e.node] if r is not None]) for e in todo}
     known = {node: record for node, record in records.items() if record is not None}
-    return replace(graph, fx=module, measured={**graph.measured, **known})
+    return replace(graph, fx=unbound(module), measured={**graph.measured, **known})
 
 
 def _open(graph: ComputationGraph, edit: Edit) -> bool:
@@ -65,7 +66,7 @@ def _fold_one(graph: ComputationGraph, module: fx.GraphModule, edit: Edit) -> No
     leaving = nodes[edit.node]
     graph_of_region.output(copies[leaving])
     path = f"region_of_{edit.node}"
-    module.add_submodule(path, fx.GraphModule(nn.Module(), graph_of_region, "Region"))
+    module.add_submodule(path, unbound(fx.GraphModule(nn.Module(), graph_of_region, "Region")))
     with module.graph.inserting_before(leaving):
         inner = module.graph.get_attr(path)
     leaving.target, leaving.args, leaving.kwargs = region_of, (inner, edit.node, *reads), {}

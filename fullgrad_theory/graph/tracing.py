@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
-import threading
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +35,6 @@ from .door import (
     input_names,
     misfit,
     mixes_dtypes,
-    modules_of,
     name_of,
     own_copy,
     split_inputs,
@@ -47,13 +44,17 @@ from .fakes import fake_mode, fill_fake_values
 from .foreign import ours, without_page
 from .forms import Form
 from .functional import functionalise
+from .keeping import alone, eagerly, kept, muted, untouched, without_fast_path
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, is_effect, mutates, unroll
 from .outputs import Selection, Watch
+from .passing import passing
 from .sources import first_line, is_written_outside, shorten
 
 
 @ours
+@alone()
+@passing()
 def trace(
     model: Model,
     inputs: Inputs = None,
@@ -89,7 +90,7 @@ def trace(
     held = held_constant(names, constant, explain)
     kept_whole = Leaves(module, leaves)
     door = Door(module, Watch(name_of(model), output), input_form(model, inputs))
-    with kept(module), muted(), torch.inference_mode(False):
+    with muted(), torch.inference_mode(False):
         program, closed = _export(door, model, args, kwargs, kept_whole)
     name = name_of(model)
     with _told_of(module, name):
@@ -250,7 +251,7 @@ def _callexport(
     door: Door, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, leaves: Leaves
 ) -> torch.export.ExportedProgram:
     quiet, grad = warnings.catch_warnings(), torch.enable_grad()
-    with quiet, grad, without_fast_path(), leaves.installed(), door.open():
+    with quiet, grad, without_fast_path(), kept(door.module), leaves.installed(), door.open():
         warnings.simplefilter("ignore")
         return torch.export.export(door.module, args, kwargs, dynamic_shapes=shapes, strict=False)
 
@@ -291,8 +292,8 @@ def _calls(door: Door, args: tuple[Any, ...], kwargs: dict[str, Any], size: int)
     given = pytree.tree_map_only(Tensor, lambda t: t[:size] if t.dim() else t, (args, kwargs))
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     held, given = pytree.tree_map_only(Tensor, fake.from_tensor, (held, given))
-    eager = torch.compiler.set_stance("force_eager")  # dynamo would run real kernels on fakes
-    with eager, fake, torch.no_grad(), door.open(), _Calls() as calls:
+    # what is compiled would run real kernels on fakes
+    with kept(module), eagerly(), fake, torch.no_grad(), door.open(), _Calls() as calls:
         torch.func.functional_call(module, held, *given)
     return calls
 
@@ -329,71 +330,6 @@ def _same_values(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
         for a, b in zip(ours, theirs, strict=True)
     )
-
-
-@contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
-    """Undo what running the model's code sets on it (`self.cache = x`), which would be a fake."""
-    dicts = [m.__dict__ for m in module.modules()]
-    values = [v for d in dicts for v in d.values()]
-    dicts += [v for v in values if isinstance(v, dict)]
-    dicts_before = [(d, d.copy()) for d in dicts]
-    lists_before = [(v, v.copy()) for v in values if isinstance(v, list)]
-    try:
-        yield
-    finally:
-        for now, old in dicts_before:
-            for key in now.keys() - old.keys():
-                del now[key]
-            now.update({k: v for k, v in old.items() if k not in now or now[k] is not v})
-        for listed, was in lists_before:
-            if [*map(id, listed)] != [*map(id, was)]:
-                listed[:] = was
-
-
-class _Mute:
-    """A stream that drops what one thread writes; others (a progress bar) go on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.thread = stream, threading.get_ident()
-
-    def write(self, text: str) -> int:
-        quiet = threading.get_ident() == self.thread
-        return len(text) if quiet else int(self.stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def muted() -> redirect_stderr[Any]:
-    """torch.export writes pages to stderr when it fails; the error raised says what matters."""
-    return redirect_stderr(_Mute(sys.stderr))
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """torch's own layers leave their kernels for inference alone, which round differently."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def untouched(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model returns; whatever its code writes to itself or to its inputs is undone."""
-    module = nn.ModuleList(modules_of(model))
-    held = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
-    given, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    eager = torch.compiler.set_stance("force_eager")
-    try:
-        with kept(module), eager:
-            return model(*given, **named)
-    finally:
-        for tensor, value in held:
-            if not tensor.is_meta and not torch.equal(tensor, value):
-                tensor.data.copy_(value)
 
 
 def _explain(

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -134,17 +134,21 @@ class Walk:
 
     @cached_property
     def constants(self) -> Constants:
-        return Constants(self.graph, self.moves)
+        return Constants(self.graph, partial(_moves, self.states))  # not a cycle through the walk
 
     def moves(self, node: fx.Node) -> bool:
         """Whether a node depends on the input."""
-        return self.state(node) is not State.CONSTANT
+        return _moves(self.states, node)
 
     def is_live(self, node: fx.Node) -> bool:
         return self.state(node) is State.LIVE
 
     def state(self, node: fx.Node) -> State:
         return _most(self.states[node.name])
+
+
+def _moves(states: Mapping[str, States], node: fx.Node) -> bool:
+    return _most(states[node.name]) is not State.CONSTANT
 
 
 def _walk(graph: ComputationGraph) -> Walk:
