@@ -33,6 +33,10 @@ def first(made: Any) -> Tensor:
     return next(v for v in pytree.tree_leaves(made) if is_float(v))
 
 
+def dense(g: Tensor) -> Tensor:
+    return g.to_dense() if g.is_sparse else g
+
+
 def by_hand(balanced: Any, given: tuple[Tensor, ...], parts: FullGrad) -> list[Tensor]:
     """Each input times its gradient of the largest values, those that `parts` has."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
@@ -49,7 +53,7 @@ def by_hand(balanced: Any, given: tuple[Tensor, ...], parts: FullGrad) -> list[T
         return [torch.zeros_like(x.real) for x in leaves]
     grads = torch.autograd.grad(chosen.sum(), leaves, allow_unused=True)
     return [
-        torch.zeros_like(x.real) if g is None else (g.conj() * x.detach()).real
+        torch.zeros_like(x.real) if g is None else (dense(g).conj() * x.detach()).real
         for g, x in zip(grads, leaves, strict=True)
     ]
 

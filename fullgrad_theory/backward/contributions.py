@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, NonFiniteError
+from ..errors import FullgradError, InputError, NonFiniteError, TraceError
 from ..graph.computation import ComputationGraph, tensor_value
 from ..graph.door import Inputs, Model, Names, split_inputs
+from ..graph.foreign import without_page
 from ..graph.outputs import Selection
+from ..graph.sources import first_line
 from ..operators.algebra import Algebra
 from ..operators.calls import Call, is_ray
 from ..plan.labelling import Degrees, degrees
@@ -246,7 +249,7 @@ def _split(split: _Splitting, flat: Sequence[Any], target: Target | Chosen) -> F
     maps: dict[str, Tensor] = {}
     heard = partial(_hear, maps)
     run = Run(split.module, split.graph, split.labels, heard)
-    with torch.enable_grad():
+    with torch.enable_grad(), _told(split.graph):
         output = split.output(run.run(*flat, enable_io_processing=False))
         values = split.resolved(output, target).of(split.front(output))
         if not bool(torch.isfinite(values).all()):
@@ -284,6 +287,20 @@ def _split(split: _Splitting, flat: Sequence[Any], target: Target | Chosen) -> F
     )
 
 
+@contextmanager
+def _told(graph: ComputationGraph) -> Iterator[None]:
+    """What torch cannot run, or not differentiate, is an error of ours."""
+    try:
+        yield
+    except FullgradError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise TraceError(
+            f"{graph.name} cannot be split at these inputs, torch does not run or differentiate it: "
+            f"{first_line(error)}; hold what has no derivative fixed with constant="
+        ) from without_page(error)
+
+
 @dataclass(frozen=True)
 class _Part:
     """What one backward told."""
@@ -306,7 +323,7 @@ def _contributions(
     inputs = tuple(
         torch.zeros_like(x.real if x.is_complex() else x)
         if g is None
-        else finite_products(g, x).detach()
+        else finite_products(g.to_dense() if g.is_sparse else g, x).detach()
         for g, x in zip(grads, given, strict=True)
     )
     return _Part(inputs, dict(maps))

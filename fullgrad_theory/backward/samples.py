@@ -62,9 +62,12 @@ def samples_of(
     whole = Samples(dict.fromkeys(sources), None, {})
     if batch is None:
         return whole
-    given = [_two_samples(v, graph.dynamic) for v in _flat(graph)]
+    flat = _flat(graph)
     with torch.no_grad():
-        look = _Look(module, given, sources, watched)
+        try:
+            look = _Look(module, [_two_samples(v, graph.dynamic) for v in flat], sources, watched)
+        except (RuntimeError, IndexError, ValueError):  # it runs for this size alone
+            look = _Look(module, flat, sources, watched)
         shapes = {name: tuple(t.shape) for name, t in look.sources.items()}
         if isinstance(batch, int):
             return _named(look, shapes, batch)

@@ -191,7 +191,7 @@ class _Reach:
 
     def _entries(self, entries: dict[Any, Any], owned: bool) -> None:
         self.places.append(_Entries(entries, owned))
-        self._later(list(entries.values()), owned)
+        self._later(dict.values(entries), owned)
 
     def _instance(self, value: Any, kind: type, owned: bool) -> None:
         """Of a class of the user's it is the model's, as its attributes are."""
@@ -266,11 +266,11 @@ class _Entries:
     """A dict, or the attributes of an object."""
 
     def __init__(self, entries: dict[Any, Any], owned: bool) -> None:
-        self.entries, self.owned, self.before = entries, owned, dict(entries)
+        self.entries, self.owned, self.before = entries, owned, _raw(entries)
         self.base: Any = OrderedDict if isinstance(entries, OrderedDict) else dict
 
     def restore(self) -> None:
-        now = dict(self.entries)
+        now = _raw(self.entries)
         if not self.owned and not any(
             v is not self.before.get(k, _GONE) and _holds_tensor(v) for k, v in now.items()
         ):
@@ -282,6 +282,11 @@ class _Entries:
             other = now.get(key, _GONE)
             if other is not value and (self.owned or other is _GONE or _holds_tensor(other)):
                 self.base.__setitem__(self.entries, key, value)
+
+
+def _raw(entries: dict[Any, Any]) -> dict[Any, Any]:
+    """What a dict holds, whatever a subclass makes of it when it is asked."""
+    return dict(dict.items(entries))
 
 
 class _Sequence:
