@@ -296,7 +296,7 @@ def _told(graph: ComputationGraph) -> Iterator[None]:
         raise
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise TraceError(
-            f"{graph.name} cannot be split at these inputs, torch does not run or differentiate it: "
+            f"{graph.name} cannot be split here, torch does not run or differentiate it: "
             f"{first_line(error)}; hold what has no derivative fixed with constant="
         ) from without_page(error)
 
