@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -753,6 +754,25 @@ def test_a_dtype_that_does_not_fit_is_told_before_any_trace(
 def test_a_model_that_casts_its_input_is_taken() -> None:
     model = Module(lambda m, x: m.fc(x.to(m.fc.weight.dtype)), fc=nn.Linear(4, 3).double()).eval()
     assert fgt.check_completeness(model, X).complete is True
+
+
+def test_the_way_out_for_a_mask_is_one() -> None:
+    mask = nn.Transformer.generate_square_subsequent_mask(3)
+    body, x = nn.Transformer(8, 2, 1, 1, 16, batch_first=True), seeded(2, 3, 8)
+
+    def run(m: Any, x: Tensor, **given: bool) -> Tensor:
+        return m.body(x, x, tgt_mask=mask, **given)
+
+    with pytest.raises(errors.TraceError, match="tgt_is_causal=True"):
+        fgt.check_completeness(Module(run, body=body).eval(), x, numeric=False)
+    told = Module(partial(run, tgt_is_causal=True), body=body).eval()
+    assert fgt.check_completeness(told, x, numeric=False).complete is False
+
+
+def test_a_function_over_a_model_of_another_dtype_is_told_so() -> None:
+    half = nn.Linear(4, 3).bfloat16().eval()
+    with pytest.raises(errors.InputError, match=r"pass x\.to\(torch\.bfloat16\)"):
+        fgt.check_completeness(lambda x: half(x), X)
 
 
 def test_a_model_on_another_device_is_told_so() -> None:
