@@ -889,6 +889,20 @@ def test_layers_that_act_in_training_mode(part: nn.Module) -> None:
         fgt.check_completeness(nn.Sequential(nn.Linear(4, 3), part), X)
 
 
+@pytest.mark.parametrize(("rate", "acts"), [(0.0, False), (0.1, True)])
+def test_layers_of_torch_act_where_they_drop(rate: float, acts: bool) -> None:
+    x = seeded(2, 3, 4)
+    rnn = nn.LSTM(4, 4, 2, dropout=rate, batch_first=True)
+    attention = nn.MultiheadAttention(4, 2, dropout=rate, batch_first=True)
+    for model, inputs in ((rnn, x), (attention, (x, x, x))):
+        assert acts_in_training(model) is acts
+        if acts:
+            with pytest.raises(errors.TrainingModeError):
+                fgt.trace(model, inputs)
+        else:
+            fgt.derive_rules(model, inputs)
+
+
 def test_a_flag_that_nobody_reads_is_no_mode() -> None:
     inner = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.BatchNorm1d(3)).eval()
     wrapped = Wrapper(inner)
