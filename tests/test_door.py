@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -755,6 +756,25 @@ def test_a_model_that_casts_its_input_is_taken() -> None:
     assert fgt.check_completeness(model, X).complete is True
 
 
+def test_the_way_out_for_a_mask_is_one() -> None:
+    mask = nn.Transformer.generate_square_subsequent_mask(3)
+    body, x = nn.Transformer(8, 2, 1, 1, 16, batch_first=True), seeded(2, 3, 8)
+
+    def run(m: Any, x: Tensor, **given: bool) -> Tensor:
+        return m.body(x, x, tgt_mask=mask, **given)
+
+    with pytest.raises(errors.TraceError, match="tgt_is_causal=True"):
+        fgt.check_completeness(Module(run, body=body).eval(), x, numeric=False)
+    told = Module(partial(run, tgt_is_causal=True), body=body).eval()
+    assert fgt.check_completeness(told, x, numeric=False).complete is False
+
+
+def test_a_function_over_a_model_of_another_dtype_is_told_so() -> None:
+    half = nn.Linear(4, 3).bfloat16().eval()
+    with pytest.raises(errors.InputError, match=r"pass x\.to\(torch\.bfloat16\)"):
+        fgt.check_completeness(lambda x: half(x), X)
+
+
 def test_a_model_on_another_device_is_told_so() -> None:
     with pytest.raises(errors.InputError, match="model is on meta and an input on cpu"):
         fgt.check_completeness(nn.Linear(4, 3, device="meta").eval(), X)
@@ -867,6 +887,20 @@ def test_code_that_asks_for_its_mode_is_in_training_mode(kind: type[Wrapper]) ->
 def test_layers_that_act_in_training_mode(part: nn.Module) -> None:
     with pytest.raises(errors.TrainingModeError, match="'1'"):
         fgt.check_completeness(nn.Sequential(nn.Linear(4, 3), part), X)
+
+
+@pytest.mark.parametrize(("rate", "acts"), [(0.0, False), (0.1, True)])
+def test_layers_of_torch_act_where_they_drop(rate: float, acts: bool) -> None:
+    x = seeded(2, 3, 4)
+    rnn = nn.LSTM(4, 4, 2, dropout=rate, batch_first=True)
+    attention = nn.MultiheadAttention(4, 2, dropout=rate, batch_first=True)
+    for model, inputs in ((rnn, x), (attention, (x, x, x))):
+        assert acts_in_training(model) is acts
+        if acts:
+            with pytest.raises(errors.TrainingModeError):
+                fgt.trace(model, inputs)
+        else:
+            fgt.derive_rules(model, inputs)
 
 
 def test_a_flag_that_nobody_reads_is_no_mode() -> None:

@@ -213,6 +213,8 @@ def _loops(failure: Failure) -> str:
 
 
 def _takes_a_number(failure: Failure) -> str:
+    if type(failure.error).__name__ == "DataDependentOutputException":
+        return failure.code or " here"
     number = "zuf" in failure.text or "Could not extract specialized" in failure.text
     taken = failure.data_dependent and number
     return (failure.code or " here") if taken else ""

@@ -241,25 +241,35 @@ def _given(model: Model, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     )
 
 
+def _place_of(model: Model) -> tuple[torch.device, torch.dtype] | None:
+    """Device and dtype of the first floating-point parameter that a model has; None without one."""
+    for module in modules_of(model):
+        if any(p.is_floating_point() for p in module.parameters()):
+            return home(module)
+    return None
+
+
 def mixes_dtypes(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a floating-point input has another dtype than the model's first parameter."""
-    holds = isinstance(model, nn.Module) and any(p.is_floating_point() for p in model.parameters())
+    place = _place_of(model)
     given = {t.dtype for t in tensors_of(args, kwargs) if t.is_floating_point()}
-    return holds and bool(given - {home(model)[1]})
+    return place is not None and bool(given - {place[1]})
 
 
 def misfit(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """What of device and dtype does not fit, and the way out; "" where both do."""
-    device, dtype = home(model)
-    elsewhere = {t.device for t in tensors_of(args, kwargs)} - {device}
-    if isinstance(model, nn.Module) and any(True for _ in model.parameters()) and elsewhere:
-        there = ", ".join(map(str, elsewhere))
-        return f"the model is on {device} and an input on {there}: move one with .to()"
-    if mixes_dtypes(model, args, kwargs):
-        given = {t.dtype for t in tensors_of(args, kwargs) if t.is_floating_point()} - {dtype}
-        names = ", ".join(str(d).removeprefix("torch.") for d in given)
-        own = str(dtype).removeprefix("torch.")
-        return f"the model is {own} and an input {names}: pass x.to(torch.{own})"
+    place = _place_of(model)
+    if place is None:
+        return ""
+    tensors = list(tensors_of(args, kwargs))
+    elsewhere = {str(t.device) for t in tensors} - {str(place[0])}
+    if elsewhere:
+        there = ", ".join(sorted(elsewhere))
+        return f"the model is on {place[0]} and an input on {there}: move one with .to()"
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()} - {place[1]}
+    if dtypes:
+        own, *others = (str(d).removeprefix("torch.") for d in (place[1], *dtypes))
+        return f"the model is {own} and an input {', '.join(others)}: pass x.to(torch.{own})"
     return ""
 
 

@@ -18,11 +18,12 @@ def acts_in_training(module: nn.Module) -> bool:
     """Whether a module's `training=True` may change what it computes.
 
     It may where the code of its class, or a function that this calls by name, reads an attribute
-    `training`: a container, a linear layer, a wrapper of one's own do not. A dropout of 0 drops
-    nothing in either mode.
+    `training`: a container, a linear layer, a wrapper of one's own do not. torch's own layers that
+    drop nothing (`p`, or `dropout`, is 0) are the same in either mode.
     """
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0:
-        return False
+    rate = getattr(module, "p", getattr(module, "dropout", None))
+    if type(module).__module__.startswith("torch.nn.") and isinstance(rate, (int, float)):
+        return rate > 0
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     own = (v for v in (*vars(module).values(), *hooks) if isinstance(v, FunctionType))
     kind: Any = type(module)  # mypy takes a class for its instances, and those as unhashable

@@ -20,7 +20,8 @@ singular = rows(Algebra.SINGULAR)
 
 
 def _drops_out(arguments: Mapping[str, Any]) -> str | None:
-    return "dropout between its layers is random" if arguments["train"] else None
+    drops = arguments["train"] and arguments["dropout"]
+    return "dropout between its layers is random" if drops else None
 
 
 def _is_random(arguments: Mapping[str, Any]) -> str | None:
