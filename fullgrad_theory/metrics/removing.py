@@ -189,7 +189,7 @@ def _refusal(remove: Remove, x: Tensor, grid: Grid) -> str | None:
         try:
             before, after = (remove(y, kept) for y in (x, torch.where(there, x, noise)))
         except Exception as error:  # noqa: BLE001  whatever the model's own code raises
-            return first_line(error)
+            return first_line(error.__cause__ or error)
         if not bool(before.isfinite().all()):
             return "the output for the patches that stay is not finite"
         if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * float(before.abs().max())):
