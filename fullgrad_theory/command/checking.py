@@ -66,7 +66,7 @@ def check(
     numeric: bool,
     unknown: Unknown,
     files: Files,
-    asked: Asked = Asked(),  # noqa: B008
+    asked: Asked = Asked(),
 ) -> int:
     """Check, write and print; the exit code."""
     name = chosen.name
@@ -93,7 +93,7 @@ def derive(
     alternatives: int,
     unknown: Unknown,
     save: Path | None,
-    asked: Asked = Asked(),  # noqa: B008
+    asked: Asked = Asked(),
 ) -> None:
     """Derive a plan, write and print it."""
     with judging():
