@@ -443,3 +443,31 @@ def test_paths_of_what_is_judged() -> None:
     assert judged_paths({"logits": X, "x": X}) == [("logits",)]
     assert judged_paths((X, [X, X.long()])) == [(0,), (1, 0)]
     assert judged_paths(Answer(X, X)) == [("logits",)]
+
+
+def test_the_command_line_selects(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from fullgrad_theory.command.cli import app
+
+    (tmp_path / "selected_model.py").write_text(
+        "import torch\n"
+        "class Two(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a = torch.nn.Linear(5, 3)\n"
+        "    def forward(self, x, t):\n"
+        "        return self.a(x) + t.sin(), self.a(x).sigmoid()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    call = ["check", "selected_model.py:Two", "--input", "2,5", "--input", "2,3"]
+    codes = {
+        asked: CliRunner().invoke(app, [*call, *asked]).exit_code
+        for asked in [
+            (),
+            ("--output", "0"),
+            ("--output", "0", "--constant", "t"),
+            ("--output", "z"),
+        ]
+    }
+    assert list(codes.values()) == [1, 1, 0, 2]
