@@ -64,17 +64,20 @@ class Watch:
     name: str
     selection: Selection = None
     reading: Reading = field(default_factory=Reading)
-    seen: str = ""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         chosen = selected(output, self.selection)
-        self.seen = described(output)
         made, wanted = plain(chosen), judged_paths(chosen)
         leaves = list(leaves_of(chosen))
         if self.selection is not None and not wanted:
             raise InputError(
                 f"output={_shown(self.selection)} of {self.name} holds no floating-point tensor; "
                 f"it returns {described(output)}"
+            )
+        if not wanted:  # a hook that returns None changes nothing: it cannot be left to the trace
+            raise InputError(
+                f"{self.name} returns no floating-point tensor, but {described(output)}; there is "
+                "nothing to attribute, unless output= takes a tensor out of it"
             )
         floats = [path for path, leaf in leaves if _is_ray(leaf)]
         lost = [path for path, leaf in leaves if not is_value(leaf)]

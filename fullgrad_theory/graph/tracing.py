@@ -117,11 +117,6 @@ def trace(
         whole=graph if alone else None,
         form=door.form,
     )
-    if not traced.outputs:
-        raise InputError(
-            f"{name} returns no floating-point tensor, but {door.watch.seen}; there is nothing to "
-            "attribute, unless output= takes a tensor out of it"
-        )
     if held and all(n.name in traced.held for n in traced.placeholders if holds_tensor(n)):
         raise InputError("every input is held constant: there is nothing left to explain")
     shapes = (v.shape for v in map(tensor_value, traced.outputs) if v is not None)
