@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 import fullgrad_theory as fgt
 from fullgrad_theory import errors
 from fullgrad_theory.command import cli
-from fullgrad_theory.command.writing import replacing, withdraw
+from fullgrad_theory.command.writing import withdraw
+from fullgrad_theory.files import replacing
 from fullgrad_theory.graph.modes import acts_in_training
 
 

@@ -22,7 +22,7 @@ from ..graph.door import Inputs, Model, Names
 from ..graph.forms import ordered_as, plain
 from ..graph.leaves import LeafSpec
 from ..graph.outputs import Selection
-from ..graph.passing import unbound
+from ..graph.passing import forget_inner, unbound
 from ..plan.derivation import derive_rules
 from ..plan.labelling import degrees
 from ..plan.measuring import graph_of as _graph
@@ -150,6 +150,8 @@ def balance(
     in `trace`. Raises what `trace` and `derive_rules` raise, and `PlanError`.
     """
     graph = _graph(model, inputs, leaves, unknown, output, constant, explain)
+    if isinstance(policy, Plan):
+        policy.check_fits(graph)
     plan = policy if isinstance(policy, Plan) else derive_rules(graph, policy=policy)
     return Balanced(graph, plan)
 
@@ -176,6 +178,8 @@ def rewrite(
         moving=lambda name: labels().live.calls[name].moving,
         rays=lambda name: labels().rays.get(name, ()),
     )
-    module = fx.GraphModule(graph.fx if root is None else root, writing.write(as_it_is), "Balanced")
+    root = graph.fx if root is None else root
+    forget_inner(root)
+    module = fx.GraphModule(root, writing.write(as_it_is), "Balanced")
     module.eval()
     return unbound(module)

@@ -79,6 +79,8 @@ def check_completeness(
             graph = graph_of(  # type: ignore[arg-type]
                 model, inputs, leaves, unknown, output, constant, explain
             )
+            if isinstance(policy, Plan):
+                policy.check_fits(graph)
         tick("deriving", 0, 1)
         structure = structure_of(graph, policy)
         if numeric and graph.is_meta:

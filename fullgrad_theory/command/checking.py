@@ -15,13 +15,14 @@ from ..check.completeness import check_completeness
 from ..check.formats import to_junit, to_sarif
 from ..check.report import Report
 from ..extras import require
+from ..files import write_whole
 from ..graph.door import definition
 from ..plan.derivation import derive_rules
 from .making import Chosen, create, inputs_of
 from .options import Unknown
 from .page import judging, show
 from .target import file_of
-from .writing import replacing, withdraw
+from .writing import withdraw
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Files:
 
 def _write(path: Path | None, text: Callable[[], str]) -> None:
     if path is not None:
-        with replacing(path) as beside:
-            beside.write_text(text() + "\n", encoding="utf-8")
+        write_whole(path, text() + "\n")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def derive(
                 **asked.keywords,
             )
         if save is not None:
-            with replacing(save) as beside:
-                plan.save(beside)
+            plan.save(save)
     show(Text(str(plan)))
 
 

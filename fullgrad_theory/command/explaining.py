@@ -17,7 +17,7 @@ from ..extras import require
 from .making import Chosen, create, inputs_of
 from .page import judging, show, table
 from .picture import class_name, draw, read, see
-from .writing import replacing, withdraw
+from .writing import withdraw
 
 
 def explain(
@@ -55,8 +55,7 @@ def explain(
         meant = "the output" if one.target is None else class_name(model, int(one.target[0]))
         share = "" if one.target is None else f", probability {float(likely[0, one.target[0]]):.3g}"
         title = f"{chosen.name}: {meant}, value {float(one.output[0]):.4g}{share}"
-        with replacing(place) as beside:
-            draw(seen, maps, title, beside)
+        draw(seen, maps, title, place)
     show(Text(title), _errors(maps), Text(f"written to {out}"))
 
 

@@ -24,11 +24,12 @@ WIDTH = 100
 
 
 class _Console(Console):
-    """A reader that has seen enough (`| head -1`) is no verdict: the exit code stays."""
+    """A reader that has seen enough (`| head -1`) changes nothing: not the exit code either."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is buffered is flushed at the end
 
 
 def show(*parts: Any) -> None:

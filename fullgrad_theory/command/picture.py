@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..attribution.map import Map
 from ..errors import InputError
 from ..extras import require
+from ..files import whole
 from ..graph.door import Model
 
 
@@ -99,7 +100,7 @@ def draw(
         for number, policy in enumerate(policies):
             _pair(figure, row[1 + 2 * number : 3 + 2 * number], by_policy[policy], policy, seen)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        whole(path, lambda beside: figure.savefig(beside, dpi=150))
     return figure
 
 

@@ -1,10 +1,9 @@
-"""Files that a command writes: whole or not at all, and never those of an earlier run."""
+"""Files that a command writes: never those of an earlier run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,23 +19,6 @@ def withdraw(path: Path | None) -> Path | None:
     if path.is_file() and os.access(path.parent, os.W_OK):
         path.unlink()
     return path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place once it is whole."""
-    path = path.resolve()
-    beside = path.with_name(f".writing-{os.getpid()}{path.suffix}")
-    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
-        yield path  # nothing can be put beside it
-        return
-    try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        raise OSError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def named_by(options: Sequence[str], arguments: Sequence[str]) -> Iterator[Path]:

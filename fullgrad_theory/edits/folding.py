@@ -16,7 +16,7 @@ from torch import fx, nn
 from ..errors import PlanError
 from ..graph.computation import ComputationGraph
 from ..graph.normal import enter_autocast, leave_autocast
-from ..graph.passing import recompile, unbound
+from ..graph.passing import forget_inner, recompile, unbound
 from ..operators.registry import record_of, region_of
 from .base import Edit
 
@@ -29,6 +29,7 @@ def fold(graph: ComputationGraph, edits: Collection[Edit]) -> ComputationGraph:
     todo = [e for e in edits if e.folds and _open(graph, e)]
     if not todo:
         return graph
+    forget_inner(graph.fx)
     module = fx.GraphModule(graph.fx, copy.deepcopy(graph.fx.graph), graph.name)
     for edit in todo:
         _fold_one(graph, module, edit)

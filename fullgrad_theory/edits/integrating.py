@@ -56,7 +56,7 @@ def integrate(op: str, along: tuple[str, ...], label: str, *args: Any, **kwargs:
 
     `op` is the overload's name, 'aten.softmax.int'; `along` holds operand names, 'hx[0]' in a list;
     `label` names the node in messages. Warns with `NonConvergenceWarning`; raises `NonFiniteError`
-    in the backward where the ray is singular. It can be differentiated twice, but not vmapped.
+    in the backward where the ray is singular. Its gradient can be differentiated; not vmapped.
     """
     function = region_of if op == REGION.name else overload(op)
     return integrated(function, along, label, args, kwargs)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
 from torch.fx import GraphModule, graph_module
 
 
@@ -25,12 +26,20 @@ def unbound(module: GraphModule) -> GraphModule:
 
 def recompile(module: GraphModule) -> None:
     """Compile a module's graph again; the source it had is forgotten."""
+    forget_inner(module)
     _forget_source_of(type(module))
     module.recompile()
 
 
+def forget_inner(module: nn.Module) -> None:
+    """Forget the sources of the graph modules in one: torch compiles them anew with it."""
+    for part in module.modules():
+        if part is not module and isinstance(part, GraphModule):
+            _forget_source_of(type(part))
+
+
 @contextmanager
-def passing() -> Iterator[None]:
+def leaving_none() -> Iterator[None]:
     """The sources of graph modules made meanwhile are forgotten."""
     before = set(_sources())
     try:

@@ -48,13 +48,13 @@ from .keeping import alone, eagerly, kept, muted, untouched, without_fast_path
 from .leaves import LeafSpec, Leaves
 from .normal import drop_assertions, inline_regions, is_effect, mutates, unroll
 from .outputs import Selection, Watch
-from .passing import passing
+from .passing import leaving_none
 from .sources import first_line, is_written_outside, shorten
 
 
 @ours
 @alone()
-@passing()
+@leaving_none()
 def trace(
     model: Model,
     inputs: Inputs = None,

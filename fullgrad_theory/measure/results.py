@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import InputError, unknown_name
 from ..extras import require
+from ..files import whole
 
 
 class Row(NamedTuple):
@@ -119,7 +120,10 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON (with the settings) or CSV (the columns alone), by the file's suffix."""
-        path = Path(path)
+        _suffix(Path(path))
+        whole(path, self._write)
+
+    def _write(self, path: Path) -> None:
         if _suffix(path) == ".csv":
             with path.open("w", newline="") as file:
                 writer = csv.writer(file)

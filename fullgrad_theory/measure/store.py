@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import write_whole
 from .results import Results
 
 _INSTEAD = "choose another folder, or remove this one"
@@ -76,10 +76,7 @@ class KeptBatches:
     def write(self, start: int, results: Results) -> None:
         """A file is there whole or not at all: it is written beside, and then named."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"partial-{self.rank}.json"
         if not self._file.exists():
             kept = {**self.settings, "output": self.output.tolist()}
-            partial.write_text(json.dumps(kept, indent=1))
-            os.replace(partial, self._file)
-        results.save(partial)
-        os.replace(partial, self.folder / f"batch-{start:08d}.json")
+            write_whole(self._file, json.dumps(kept, indent=1))
+        results.save(self.folder / f"batch-{start:08d}.json")

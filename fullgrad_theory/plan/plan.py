@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +18,16 @@ from torch import fx
 
 from ..edits.kinds import Edit, edit_of_data
 from ..errors import PlanError
+from ..files import write_whole
 from ..graph.computation import ComputationGraph, holds_tensor
 from ..operators.calls import target_name
 from .words import PlanText
 from .words import compress as compress
 
 FORMAT = "fullgrad-theory plan 1"
-AS_THEY_ARE = ("policy", "cost", "optimal", "stopped", "fingerprint")
+AS_THEY_ARE: Mapping[str, type] = {
+    "policy": str, "cost": int, "optimal": bool, "stopped": bool, "fingerprint": str
+}  # fmt: skip
 """what a file holds of a plan in no other form"""
 
 
@@ -125,14 +131,14 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with its alternatives, factors as text."""
-        text = json.dumps(self.to_data(), indent=1, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_data(), indent=1, ensure_ascii=False) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Plan:
         """Read what `save` wrote; raises `PlanError` where the file holds no plan."""
         with _reading(str(path)):
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(text, parse_constant=_no_number)
         return Plan.of_data(data, str(path))
 
     def to_data(self) -> dict[str, Any]:
@@ -146,7 +152,7 @@ class Plan:
         Raises `PlanError` where it is none; `source` is what the message calls it.
         """
         with _reading(source):
-            if data["format"] != FORMAT:
+            if _known(data, Mapping)["format"] != FORMAT:
                 raise PlanError(f"{source} has the format {data['format']!r}, not {FORMAT!r}")
             return _plan_of(data)
 
@@ -167,25 +173,72 @@ def _data_of(plan: Plan) -> dict[str, Any]:
 
 
 def _plan_of(data: Mapping[str, Any]) -> Plan:
-    edits = [(edit_of_data(entry), entry) for entry in data["edits"]]
+    entries = [_known(entry, Mapping) for entry in _known(data["edits"], list)]
+    edits = [(_edit_of(entry), entry) for entry in entries]
+    where, others = _known(data["where"], Mapping), _known(data["alternatives"], list)
     return Plan(
-        **{key: data[key] for key in AS_THEY_ARE},
+        **{key: _known(data[key], kind) for key, kind in AS_THEY_ARE.items()},
         edits=tuple(edit for edit, _ in edits),
-        reasons={edit: str(entry["reason"]) for edit, entry in edits},
-        left=tuple(data["left"]),
-        where={node: (operation, module) for node, (operation, module) in data["where"].items()},
-        cuts={edit: tuple(entry["cuts"]) for edit, entry in edits if "cuts" in entry},
-        alternatives=tuple(map(_plan_of, data["alternatives"])),
+        reasons={edit: _known(entry["reason"], str) for edit, entry in edits},
+        left=_texts(data["left"]),
+        where={node: (operation, module) for node, (operation, module) in _pairs(where)},
+        cuts={edit: _texts(entry["cuts"]) for edit, entry in edits if "cuts" in entry},
+        alternatives=tuple(_plan_of(_known(other, Mapping)) for other in others),
     )
+
+
+def _edit_of(entry: Mapping[str, Any]) -> Edit:
+    """An edit whose every field is of its kind: what is wrong otherwise shows far from here."""
+    _known(entry["edit"], str)
+    _known(entry["node"], str)
+    if entry.get("argument") is not None:
+        _known(entry["argument"], str)
+    if "factor" in entry and not _FACTOR.fullmatch(_known(entry["factor"], str)):
+        raise ValueError(f"{entry['factor']!r} is no factor")
+    _texts(entry.get("region", []))
+    if not -math.inf < _known(entry.get("origin", 0.0), (int, float)) < math.inf:
+        raise ValueError(f"{entry['origin']!r} is no value")
+    edit = edit_of_data(entry)
+    if edit.kind == "prune" and not edit.held:
+        raise ValueError(f"{entry!r} names no edge")
+    return edit
+
+
+_FACTOR = re.compile(r"[1-9]\d{0,8}(/[1-9]\d{0,8})?")
+
+
+def _known(value: Any, kind: Any) -> Any:
+    """The value, where it is of that kind; a truth value is no number."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{reprlib.repr(value)} stands where it cannot")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    return tuple(_known(value, str) for value in _known(values, list))
+
+
+def _pairs(where: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    return ((_known(node, str), _texts(place)) for node, place in where.items())
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 @contextmanager
 def _reading(source: str) -> Iterator[None]:
+    """Whatever a file may hold that is no plan is said in one way."""
     try:
         yield
     except PlanError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except RecursionError:
+        raise PlanError(f"{source} holds no plan: it is nested too deeply") from None
+    except OSError as error:
+        raise PlanError(f"{source} cannot be read: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = reprlib.repr(str(error)).strip("'\"")
         raise PlanError(
-            f"{source} holds no plan ({type(error).__name__}: {error}); write one with plan.save"
+            f"{source} holds no plan ({type(error).__name__}: {said}); write one with plan.save"
         ) from error

@@ -282,7 +282,8 @@ class PlanText:
         gone = [node for _, *nodes in cuts for node in nodes]
         if gone:
             words += f"; out of the backward: {_some(map(self._operation, gone))}"
-            paths = compress(path for node in gone if (path := self.plan.where[node][1]))
+            known = (self.plan.where.get(node, ("", ""))[1] for node in gone)
+            paths = compress(filter(None, known))
             words += f" in {_some(paths)}" if paths else ""
         return words
 

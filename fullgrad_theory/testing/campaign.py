@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..bars import Tick
 from ..errors import InputError
+from ..files import write_whole
 from .coverage import CONTEXTS, contexts, run_values
 from .independent import is_real
 from .properties import PropertyError, check_properties
@@ -45,6 +46,14 @@ AGAIN = 8
 """one architecture in so many is traced a second time"""
 
 
+_COUNTERS = ("outcomes", "edits", "unwitnessed", "reasons")
+
+
+def _often(counter: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, by name where they are equal: whichever process came first."""
+    return sorted(counter.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
 @dataclass
 class Tally:
     """What came of some examples. `coverage` counts (operation, context); `seconds` are of CPU."""
@@ -61,7 +70,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.examples += other.examples
         self.seconds += other.seconds
-        for name in ("outcomes", "edits", "unwitnessed", "reasons", "coverage"):
+        for name in (*_COUNTERS, "coverage"):
             getattr(self, name).update(getattr(other, name))
         self.failures += other.failures
 
@@ -70,11 +79,13 @@ class Tally:
         table: dict[str, dict[str, int]] = {}
         for (name, context), count in sorted(self.coverage.items()):
             table.setdefault(name, {})[context] = count
-        return vars(self) | {"coverage": table}
+        counters = {n: dict(_often(getattr(self, n))) for n in _COUNTERS}
+        failures = sorted(self.failures, key=lambda f: f["seed"])
+        return vars(self) | counters | {"coverage": table, "failures": failures}
 
     @staticmethod
     def from_data(data: dict[str, Any]) -> Tally:
-        counters = {k: Counter(data[k]) for k in ("outcomes", "edits", "unwitnessed", "reasons")}
+        counters = {k: Counter(data[k]) for k in _COUNTERS}
         coverage = Counter(
             {(n, c): count for n, row in data["coverage"].items() for c, count in row.items()}
         )
@@ -335,9 +346,7 @@ class Campaign:
         if whole:  # the rest of a campaign is done anew where it is taken up with more examples
             state = {"seed": self.seed, "done": sorted(self.done), "wall": self.wall}
             text = json.dumps(state | {"tally": self.tally.to_data()})
-            part = path.with_suffix(".part")
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
+            write_whole(path, text)
 
     def write_summary(self) -> None:
         """`summary.json` and `summary.md` in the campaign's folder."""
@@ -347,8 +356,8 @@ class Campaign:
         data = self.tally.to_data()
         failures = [{k: f[k] for k in ("seed", "property", "message")} for f in data["failures"]]
         data |= {"seed": self.seed, "wall": self.wall, "failures": failures}
-        (self.out / "summary.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (self.out / "summary.md").write_text(summary(self) + "\n", encoding="utf-8")
+        write_whole(self.out / "summary.json", json.dumps(data, indent=1) + "\n")
+        write_whole(self.out / "summary.md", summary(self) + "\n")
 
 
 def _file_name(failure: dict[str, Any]) -> str:
@@ -359,7 +368,7 @@ def save_failure(folder: Path, failure: dict[str, Any]) -> Path:
     """Write a failure where the tests replay it; one file a program."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _file_name(failure)
-    path.write_text(json.dumps(failure, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(failure, indent=1) + "\n")
     return path
 
 
@@ -396,16 +405,16 @@ def summary(campaign: Campaign) -> str:
         "",
         "| outcome | architectures |",
         "|---|---:|",
-        *(f"| {k} | {n} |" for k, n in tally.outcomes.most_common()),
+        *(f"| {k} | {n} |" for k, n in _often(tally.outcomes)),
         "",
-        "Edits: " + (", ".join(f"{n} {k}" for k, n in tally.edits.most_common()) or "none") + ".",
+        "Edits: " + (", ".join(f"{n} {k}" for k, n in _often(tally.edits)) or "none") + ".",
     ]
     if tally.unwitnessed:
-        text = ", ".join(f"{k} ({n})" for k, n in tally.unwitnessed.most_common())
+        text = ", ".join(f"{k} ({n})" for k, n in _often(tally.unwitnessed))
         lines += ["", f"Objected to without a witness: {text}."]
     if tally.reasons:
         lines += ["", "Refused or unjudged:", ""]
-        lines += [f"- {n} x {reason}" for reason, n in tally.reasons.most_common(12)]
+        lines += [f"- {n} x {reason}" for reason, n in _often(tally.reasons)[:12]]
     rows, missing = coverage_lines(tally)
     total = len(drawable())
     lines += [
