@@ -27,6 +27,7 @@ from fullgrad_theory.errors import (
     UnknownNameError,
 )
 from fullgrad_theory.plan.labelling import degrees
+from fullgrad_theory.plan.plan import fingerprint
 
 aten = torch.ops.aten
 CONVERGED = pytest.mark.filterwarnings("error::fullgrad_theory.errors.NonConvergenceWarning")
@@ -60,7 +61,8 @@ def dense(op: str, function: Callable[..., Tensor], *operands: Tensor) -> list[T
     """The library's Jacobian of `function`, which calls `op` by way of the edit."""
     graph = fgt.trace(function, operands)
     (node,) = (n for n in graph.nodes if str(graph.nodes[n].target) == op)
-    model = fgt.balance(graph, policy=replace(PLAN, edits=(fgt.Integrate(node),)))
+    plan = replace(PLAN, edits=(fgt.Integrate(node),), fingerprint=fingerprint(graph))
+    model = fgt.balance(graph, policy=plan)
     return list(torch.autograd.functional.jacobian(lambda *u: model(*u), operands))
 
 
