@@ -109,7 +109,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def _sample(samples: Samples, index: int) -> Sample:
     """One sample; an error where it is not made like one."""
-    with met(f"sample {index} cannot be read"):
+    with met(f"sample {index} cannot be read", unless=(OSError,)):  # a disk may come back
         sample = samples[index]
     lacking = [name for name in ("image", "label", "mask") if not hasattr(sample, name)]
     if lacking:
