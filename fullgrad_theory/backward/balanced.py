@@ -73,8 +73,11 @@ class Balanced(nn.Module):
 
         Raises `InputError` where they do not fit.
         """
-        given = self._by_position(plain(args, any_leaf=True), plain(kwargs, any_leaf=True))
-        args, kwargs = ordered_as(self._example, given)
+        if all(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            args, kwargs = self._by_position(args, kwargs)  # torch.compile follows this
+        else:
+            given = self._by_position(plain(args, any_leaf=True), plain(kwargs, any_leaf=True))
+            args, kwargs = ordered_as(self._example, given)
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for tensor, wanted in zip(tensors, self._shapes, strict=False):
             fits = tensor.dim() == len(wanted) and all(

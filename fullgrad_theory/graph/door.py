@@ -161,7 +161,9 @@ def as_module(model: Model) -> nn.Module:
     beside = wrapped.beside if isinstance(wrapped, _Function) else set()
     for path, module in wrapped.named_modules():
         if module.training and path.split(".")[0] not in beside and acts_in_training(module):
-            what = f"its submodule {path!r}" if path else "it"
+            parent = path.rpartition(".")[0]
+            what = f"its submodule {path!r}" + (f" in {parent!r}" if parent else "")
+            what = what if path else "it"
             raise TrainingModeError(
                 f"{name_of(model)} is in training mode ({what} has training=True, and its code "
                 "asks for that): dropout and batch norm then depend on chance or on the batch; "

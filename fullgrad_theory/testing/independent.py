@@ -150,6 +150,8 @@ class Tracker:
         self.edges: dict[fx.Node, set[fx.Node]] = {}
         self.live: dict[fx.Node, tuple[bool, ...]] = {}
         self.locals: dict[fx.Node, tuple[Local, ...]] = {}
+        self.sloped: set[fx.Node] = set()
+        """nodes whose gradient is anything but 0 at some point"""
         self.saturated: set[str] = set()
         """nodes whose value is a constant's at every point"""
         self.points = points
@@ -207,7 +209,7 @@ class Tracker:
         live: list[tuple[bool, ...]] = []
         for k, bound in enumerate(bounds):
             with torch.enable_grad():
-                value, tangent, alive, edges = self._push(bound, k, _read(node))
+                value, tangent, alive, edges = self._push(bound, k, _read(node), node)
             reached |= edges
             live.append(alive)
             self.values[k][node], self.tangents[k][node] = value, tangent
@@ -235,7 +237,7 @@ class Tracker:
         self.edges[node] = {source} if self.live[node][0] else set()
 
     def _push(
-        self, bound: Bound, k: int, read: Sequence[fx.Node]
+        self, bound: Bound, k: int, read: Sequence[fx.Node], node: fx.Node | None = None
     ) -> tuple[Any, Any, tuple[bool, ...], set[fx.Node]]:
         """A call's value, its Jacobian times its operands' tangents, which outputs carry gradient,
         and from which operands."""
@@ -257,7 +259,9 @@ class Tracker:
         leaves = [fresh[p.index] for p in places]
         for i, output in enumerate(outputs):
             if alive[i]:
-                pushed[i], reached = _transposed(output, leaves, tangents)
+                pushed[i], reached, sloped = _transposed(output, leaves, tangents)
+                if sloped and node is not None:
+                    self.sloped.add(node)
                 edges |= {p.node for p, r in zip(places, reached, strict=True) if r and p.node}
         tangent = type(plain)(pushed) if isinstance(plain, (tuple, list)) else pushed[0]
         return plain, tangent, alive, edges
@@ -397,6 +401,17 @@ class Tracker:
         return any(
             _jumps(at, times[k], times[k + 1], place, rise)
             for rise, k, place in sorted(rises, reverse=True)[:3]
+        )
+
+    def is_step(self, node: fx.Node) -> bool:
+        """Whether a value moves and its gradient is 0 all the same: torch gives ceil's as zeros."""
+        if node.op != "call_function" or node.target is operator.getitem or node in self.sloped:
+            return False
+        first, *others = (_outputs(self.values[k][node]) for k in range(self.count))
+        return any(
+            is_real(a) and (a.shape != b.shape or not torch.equal(a, b))
+            for other in others
+            for a, b in zip(first, other, strict=True)
         )
 
     def _moved(self, bound: Bound) -> list[Place]:
@@ -590,8 +605,9 @@ def _add(tangents: dict[fx.Node, Any], node: fx.Node, item: int, added: Tensor) 
 
 def _transposed(
     output: Tensor, leaves: Sequence[Tensor], tangents: Sequence[Tensor]
-) -> tuple[Tensor, list[bool]]:
-    """J t of the real backward c -> J^T c, as the gradient of <J^T c, t> with respect to c."""
+) -> tuple[Tensor, list[bool], bool]:
+    """J t of the real backward c -> J^T c, as the gradient of <J^T c, t> with respect to c; which
+    operands it reaches, and whether J^T c is anything but 0."""
     # of no symmetry: ones are orthogonal to all that a softmax does
     order = torch.arange(1, output.numel() + 1, dtype=torch.float64).reshape(output.shape)
     cotangent = torch.cos(order).to(output.dtype).requires_grad_()
@@ -600,18 +616,19 @@ def _transposed(
             output, leaves, cotangent, create_graph=True, allow_unused=True, retain_graph=True
         )
         reached = [g is not None for g in grads]
+        sloped = any(g is not None and bool(g.any()) for g in grads)
         total = sum(
             (torch.real(g.conj() * t)).sum()
             for g, t in zip(grads, tangents, strict=True)
             if g is not None
         )
         if not isinstance(total, Tensor) or not total.requires_grad:
-            return torch.zeros_like(output), reached
+            return torch.zeros_like(output), reached, sloped
         (pushed,) = torch.autograd.grad(total, cotangent, allow_unused=True, retain_graph=True)
         made = torch.zeros_like(output) if pushed is None else pushed.detach()
-        return made, reached
+        return made, reached, sloped
     except (RuntimeError, NotImplementedError):
-        return _by_rows(output, leaves, tangents)
+        return *_by_rows(output, leaves, tangents), True
 
 
 def _by_rows(
@@ -826,7 +843,8 @@ def evaluate(
     queue = [n for n in dict.fromkeys(ends) if tracker.live[n][0]]
     seen = set(queue)
     for node in queue:
-        new = [n for n in tracker.edges.get(node, ()) if n not in seen and any(tracker.live[n])]
+        reached = () if tracker.is_step(node) else tracker.edges.get(node, ())
+        new = [n for n in reached if n not in seen and any(tracker.live[n])]
         queue += new
         seen |= set(new)
     result.alive = {n.name for n in seen}
@@ -888,7 +906,7 @@ def _power(tracker: Tracker, user: fx.Node, node: fx.Node) -> float | None:
             output = _outputs(value)[0]
             if not is_real(output) or not output.requires_grad:
                 return None
-            pushed, _ = _transposed(output, fresh, [f.detach() for f in fresh])
+            pushed, *_ = _transposed(output, fresh, [f.detach() for f in fresh])
         tangents.append(pushed)
         values.append(output.detach())
     return multiple(tangents, values).degree
