@@ -1,7 +1,7 @@
 """What `fullgrad` hands out over torch's operator and module databases, against plain autograd.
 
     pip install expecttest  # which torch's databases import
-    python experiments/contributions_database.py --samples 1
+    python -m experiments.contributions_database --samples 1
 
 Every sample in float64 that has a plan under libra is balanced and split, without a target. A split
 is right where the value is the largest of each sample, the input's part is its gradient times it by
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from operator_database import FOLDER, is_float, modules, operators
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from experiments.operator_database import FOLDER, is_float, modules, operators
 from fullgrad_theory import FullGrad, FullgradError, balance, fullgrad
 from fullgrad_theory.bars import progress
 
@@ -129,7 +129,7 @@ def main() -> int:
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
             tick(name, k, len(cases))
-    command = f"python experiments/contributions_database.py --samples {given.samples}"
+    command = f"python -m experiments.contributions_database --samples {given.samples}"
     (given.out / "contributions_database.md").write_text(table(rows, command))
     faults = [r for r in rows if r["found"] in ("WRONG", "RAISED")]
     for row in faults:

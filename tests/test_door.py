@@ -184,25 +184,6 @@ class Moves(Base):
         raise SystemExit(0)
 
 
-class Answer:
-    def __init__(self, logits):
-        self.logits = logits
-
-
-class SomeCache:
-    pass
-
-
-class Answers(Base):
-    def forward(self, x):
-        return Answer(self.fc(x))
-
-
-class Caches(Base):
-    def forward(self, x):
-        return self.fc(x), SomeCache()
-
-
 class Branches(Base):
     def forward(self, x):
         if x.sum() > 0:
@@ -429,8 +410,6 @@ HOSTILE: dict[str, tuple[str, tuple[str, ...], int, tuple[str, ...]]] = {
 
 NO_BRANCH = ("control flow", "usual cause", "torch.where", "While executing")
 UNTRACED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "output type": ("Answers", FOUR, ("type Answer", "return a tensor"), NO_BRANCH),
-    "cache": ("Caches", FOUR, ("SomeCache", "use_cache=False"), NO_BRANCH),
     "branch": (
         "Branches",
         FOUR,

@@ -208,11 +208,11 @@ def test_the_independent_verdict_sees_faults() -> None:
             graph = fgt.trace(model, architecture.example())
             plan = fgt.derive_rules(graph)
             points = properties._points(architecture, model)
+            _, _, divisors = properties._plainly(graph, points)
         except (fgt.FullgradError, properties.Unjudged):
             continue
         if not plan.edits or len(graph.outputs) > 1:
             continue
-        _, _, divisors = properties._plainly(graph, points)
         starts = properties.from_zero(plan)
         right, _ = evaluate(fgt.balance(graph, policy=plan).fx, points, divisors, starts)
         if right.zero or right.flat:

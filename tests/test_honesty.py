@@ -61,6 +61,7 @@ LEFT_OUT = {
     "getitem": "indexing a Python list leaves no node; on tuples `split` and `max` bring it along",
     "aten.where.Scalar": "it chooses between two numbers: no operand is live",
     "aten.to.prim_Device": "export writes it as aten.to.device",
+    "aten.embedding_bag.padding_idx": "what it returns beside differs where a gradient is wanted",
 }
 # composites are never in a graph: their steps are
 JUDGED = [o for o in registered() if o.algebra is not Algebra.COMPOSITE]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullgrad_theory import ComputationGraph, Explainer, Map, trace
+from fullgrad_theory import ComputationGraph, Explainer, Map, Target, trace
 
 from .models import IMAGE
 from .setup import BARE
@@ -69,7 +69,7 @@ class Extended:
     explainer: Explainer
 
     def __call__(
-        self, x: Tensor, methods: Sequence[str], target: Tensor | None, *, seed: int = 0
+        self, x: Tensor, methods: Sequence[str], target: Target, *, seed: int = 0
     ) -> Mapping[str, Map]:
         asked = [m for m in methods if m != BARE]
         if BARE not in methods:

@@ -220,16 +220,6 @@ def _takes_a_number(failure: Failure) -> str:
     return (failure.code or " here") if taken else ""
 
 
-def _unknown_output(failure: Failure) -> str:
-    found = re.search(r"Found <class '([^']+)'> in output", failure.text)
-    return found.group(1).rpartition(".")[2] if found else ""
-
-
-def _returns_a_cache(failure: Failure) -> str:
-    kind = _unknown_output(failure)
-    return kind if kind.endswith("Cache") else ""
-
-
 def _packs(failure: Failure) -> bool:
     if failure.passes("pack_padded_sequence", "pad_packed_sequence", "pack_sequence"):
         return True
@@ -290,16 +280,6 @@ _SEEN = (
         "a size{found} depends on a tensor's values, and what is asked of it here holds for some "
         "of them alone",
         "keep the full size and mask what is left out",
-    ),
-    Cause(
-        _returns_a_cache,
-        "it returns a {found}, which is no tensor",
-        "call it with use_cache=False, or set model.config.use_cache = False",
-    ),
-    Cause(
-        _unknown_output,
-        "it returns something of type {found}, in which torch looks for no tensors",
-        "return a tensor, or a tuple, list or dict of them; a small wrapper module can do that",
     ),
     Cause(
         _packs,
