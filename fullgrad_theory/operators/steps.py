@@ -126,6 +126,21 @@ def gru_cell(
     return (hx - n) * (by_z + z).sigmoid() + n
 
 
+def _gru_in_a_layer(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """The same in the order of torch's layer, by which a plan names the factors."""
+    r, z, n = linear(input, w_ih, b_ih).chunk(3, -1)
+    by_r, by_z, by_n = linear(hx, w_hh, b_hh).chunk(3, -1)
+    n = (n + by_n * (by_r + r).sigmoid()).tanh()
+    return (hx - n) * (by_z + z).sigmoid() + n
+
+
 def _rnn_cell(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, *b: Tensor) -> Tensor:
         b_ih, b_hh = b or (None, None)
@@ -178,6 +193,6 @@ def _layers(cell: Callable[..., Any], states: int) -> Callable[..., tuple[Tensor
 
 
 lstm = _layers(lstm_cell, 2)
-gru = _layers(gru_cell, 1)
+gru = _layers(_gru_in_a_layer, 1)
 rnn_tanh = _layers(_rnn_cell(torch.tanh), 1)
 rnn_relu = _layers(_rnn_cell(torch.relu), 1)

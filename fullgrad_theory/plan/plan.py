@@ -20,7 +20,9 @@ from ..edits.kinds import Edit, edit_of_data
 from ..errors import PlanError
 from ..files import write_whole
 from ..graph.computation import ComputationGraph, holds_tensor
+from ..operators.algebra import Algebra
 from ..operators.calls import target_name
+from ..operators.registry import lookup
 from .words import PlanText
 from .words import compress as compress
 
@@ -32,13 +34,29 @@ AS_THEY_ARE: Mapping[str, type] = {
 
 
 def fingerprint(graph: ComputationGraph) -> str:
-    """A hash of a graph's tensor operations and what they read, in order; sizes do not count."""
-    lines = []
+    """A hash of the operations on the input, each by its class and what it reads of it, in order.
+
+    Sizes do not count, nor constants: with a parameter for a literal it is the same graph, although
+    `1 - z` is then another operation.
+    """
+    lines: list[str] = []
+    moving: dict[fx.Node, int] = {}
     for node in filter(_is_value, graph.fx.graph.nodes):
-        target = target_name(node.target) if node.op == "call_function" else node.op
-        reads = [n.name for n in node.all_input_nodes if _is_value(n)]
-        lines.append(f"{node.name} = {target}({', '.join(reads)})")
+        reads = [moving[n] for n in node.all_input_nodes if n in moving]
+        if node.op == "placeholder" or reads:
+            moving[node] = len(lines)
+            lines.append(f"{_kind(node)} {reads}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _kind(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return node.op
+    name = target_name(node.target)
+    known = lookup(name)
+    if known is None:
+        return name
+    return known.signature if known.algebra is Algebra.HOMOGENEOUS else str(known.algebra)
 
 
 def _is_value(node: fx.Node) -> bool:
@@ -121,8 +139,8 @@ class Plan:
 
     def check_fits(self, graph: ComputationGraph) -> None:
         """Raise `PlanError` where the plan was derived for another graph."""
-        if self.fingerprint != fingerprint(graph):
-            missing = [e.node for e in self.edits if e.node not in graph.nodes]
+        missing = [e.node for e in self.edits if e.node not in graph.nodes]
+        if missing or self.fingerprint != fingerprint(graph):
             hint = f"it has no node {missing[0]!r}" if missing else "its operations differ"
             raise PlanError(
                 f"this plan was derived for another graph than that of {graph.name}: {hint}; "
