@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -88,10 +88,12 @@ def fullgrad(
     if graph is None:
         raise InputError("a balanced model that was copied or loaded has no graph; balance() again")
     split = _splitting(balanced, graph, batch)
-    if batch == "auto" and split.samples.output and _names_the_whole(target, graph):
-        split = _splitting(balanced, graph, None)
     given = (graph.args, graph.kwargs) if inputs is None else split_inputs(graph.model, inputs)
     args = balanced.arranged(*given)
+    if batch == "auto" and _names_the_whole(target, graph) and split.samples.output != 0:
+        split = _splitting(balanced, graph, None)
+    elif batch == "auto" and split.samples.output is None and _is_one(graph, args):
+        split = replace(split, samples=replace(split.samples, output=0))
     if baseline is None:
         return _parts(split, pytree.tree_leaves(args), target)
     flat, origin = pytree.tree_leaves(args), balanced.arranged(*split_inputs(graph.model, baseline))
@@ -150,6 +152,20 @@ def _names_the_whole(target: Target, graph: ComputationGraph) -> bool:
     that is not the first, it was not meant as one."""
     value = tensor_value(graph.outputs[0])
     return isinstance(target, tuple) and value is not None and len(target) == value.dim() > 0
+
+
+def _is_one(graph: ComputationGraph, args: Any) -> bool:
+    """Whether a batch of one is given, and returned: whether more would meet is not asked."""
+    value = tensor_value(graph.outputs[0])
+    given = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and t.dim()]
+    ones = bool(given) and all(t.shape[0] == 1 for t in given)
+    return ones and value is not None and value.dim() > 0 and str(value.shape[0]) in _ones(graph)
+
+
+def _ones(graph: ComputationGraph) -> set[str]:
+    """A size of one, as the output has it: the number, or that of the inputs that is left open."""
+    values = [v for v in map(tensor_value, graph.placeholders) if v is not None and v.dim()]
+    return {"1", *(str(v.shape[0]) for v in values if not isinstance(v.shape[0], int))}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Any
 
@@ -75,9 +75,9 @@ def samples_of(
             found = look.samples(dims)
             if found is not None:
                 return found
-    if all(s and s[0] == 1 for s in (*shapes.values(), tuple(look.output.shape))):
-        return Samples(dict.fromkeys(sources, 0), 0, {})  # a batch of one
-    return whole
+        at = look.by_ids()
+    # the sources have the batch in none of their own dimensions
+    return whole if at is None else replace(whole, output=at)
 
 
 def _flat(graph: ComputationGraph) -> list[Any]:
@@ -179,9 +179,30 @@ class _Look:
 
         self.output = self._run({}, seen)
 
-    def _run(self, replaced: Mapping[str, Tensor], seen: Callable[[fx.Node, Any], None]) -> Tensor:
-        made = _Watching(self.module, replaced, seen).run(*self.given, enable_io_processing=False)
+    def _run(
+        self,
+        replaced: Mapping[str, Tensor],
+        seen: Callable[[fx.Node, Any], None],
+        given: Sequence[Any] | None = None,
+    ) -> Tensor:
+        flat = self.given if given is None else given
+        made = _Watching(self.module, replaced, seen).run(*flat, enable_io_processing=False)
         return next(t for t in pytree.tree_leaves(made) if isinstance(t, Tensor))
+
+    def by_ids(self) -> int | None:
+        """The output's batch dimension where integers are looked up in another order than theirs:
+        what it is that changes with a sample's. None where samples meet, or nothing changes."""
+        sizes = {v.shape[0] for v in self.given if isinstance(v, Tensor) and v.dim()}
+        if len(sizes) != 1 or min(sizes) < 2:
+            return None
+        (count,) = sizes
+        found = set(range(self.output.dim()))
+        for k in dict.fromkeys((0, count - 1)):
+            given = [_with_ids_of(v, k) for v in self.given]
+            made = self._run({}, lambda n, v: None, given)
+            differs = made.shape == self.output.shape and _differs(made, self.output)
+            found &= _places(differs, k, count) if isinstance(differs, Tensor) else set()
+        return min(found, default=None)
 
     def samples(self, dims: Mapping[str, int | None]) -> Samples | None:
         """The samples along these dimensions of the sources; None where they meet."""
@@ -230,6 +251,15 @@ def first_not_finite(module: fx.GraphModule, flat: Sequence[Any]) -> str | None:
     with torch.no_grad():
         _Watching(module, {}, seen).run(*flat, enable_io_processing=False)
     return found.get(True, found.get(False))
+
+
+def _with_ids_of(value: Any, k: int) -> Any:
+    """Whole numbers whose sample k has those of the one beside it."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() == 0:
+        return value
+    changed = value.clone()
+    changed[k] = value[k - 1]
+    return changed
 
 
 def _tensors(value: Any) -> Iterator[tuple[int, Tensor]]:
