@@ -95,7 +95,7 @@ def test_what_the_fixture_says(installed: pytest.Pytester) -> None:
                 fgt.assert_complete(Gate().eval(), x)
             assert "end to end\\n" not in str(caught.value)
             with pytest.raises(fgt.FullgradError, match="training mode"):
-                fgt.assert_complete(Gate(), x)
+                fgt.assert_complete(nn.Dropout(), x)
             with pytest.raises(AssertionError, match="COULD NOT BE JUDGED"):
                 fgt.assert_complete(lambda x: x * 0, x)
         """,
