@@ -72,6 +72,9 @@ COMPLETE: dict[str, Function] = {
     "a learned mean": Powers(3.0).eval(),
     "x log c": lambda x: torch.xlogy(x, torch.tensor(3.0)),
     "x log c, a number": lambda x: torch.special.xlogy(x, 3.0),
+    "x log of what is held": lambda x: torch.xlogy(x, (x * x + 1).detach()),
+    "x log of degree 0": lambda x: torch.special.xlogy(x, 2 + x / x.abs().sum()),
+    "x log1p of degree 0": lambda x: torch.special.xlog1py(x, x.abs() / x.norm()),
     "an angle for a weight": lambda x: torch.atan2(x, x.flip(-1)) * x,
     "a root of a determinant": lambda x: torch.linalg.det(
         x.reshape(1, 2, 5)[..., :2] + W(x)[..., :2]

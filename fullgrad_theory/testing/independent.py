@@ -304,7 +304,8 @@ class Tracker:
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
         here = max((_gap(t, v) for t, v in zip(tangents, values, strict=True)), default=0.0)
         here = min(here, least * 2 * max(map(_top, values)))
-        off = [_gap(t, found.nearest * v) for t, v in zip(tangents, values, strict=True)]
+        degree = round(12 * found.nearest) / 12  # of a product or a root, not of any fit
+        off = [_gap(t, degree * v) for t, v in zip(tangents, values, strict=True)]
         here = min(here, max(off, default=0.0))
         self._refuse_inherited(node, bounds, item, here)
         self._refuse_noise(bounds, item, values)

@@ -5,7 +5,7 @@ On the ray t u, 0 <= t <= 1, a *smooth* operation is absolutely continuous, and 
 it reads is pruned, or held at degree 0 by freezing a normaliser before it.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -62,10 +62,10 @@ def _power(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | 
     return Operator("aten.pow.Scalar", Algebra.SMOOTH, proved=True) if len(moving) == 1 else None
 
 
-def _times_logarithm(arguments: Mapping[str, Any], moving: Collection[str]) -> Operator | None:
-    """x log(c) is linear in x."""
-    linear = moving == {"self"}
-    return Operator("aten.xlogy.Tensor", Algebra.STRUCTURAL, proved=True) if linear else None
+def _weighed(name: str) -> Callable[[Mapping[str, Any], Collection[str]], Operator | None]:
+    """x log(y) is linear in x: y weighs it, and must be seen at degree 0, as a grid is."""
+    linear = Operator(name, Algebra.STRUCTURAL, proved=True)
+    return lambda arguments, moving: linear if "self" in moving else None
 
 
 TABLE: Table = (
@@ -83,7 +83,12 @@ TABLE: Table = (
     *smooth("rnn_relu.input", refuses=_drops_out, steps=steps.rnn_relu),
     *smooth("glu", vanishes="self", steps=steps.glu),
     *smooth("cumprod", vanishes="self"),
-    *smooth("special_xlog1py", vanishes="self", becomes=_times_logarithm, roles=(Role.POINTWISE,)),
+    *smooth(
+        "special_xlog1py",
+        vanishes="self",
+        becomes=_weighed("aten.special_xlog1py.default"),
+        roles=(Role.POINTWISE,),
+    ),
     *smooth("prod", vanishes="self", becomes=_product_of_all),
     *smooth("prod.dim_int", vanishes="self", becomes=_product),
     *smooth("linalg_det", vanishes="A", becomes=_determinant),
@@ -98,6 +103,8 @@ TABLE: Table = (
     *singular("log log2 log10 logit"),
     *singular("atan2", becomes=_angle),
     *singular("pow.Tensor_Tensor float_power.Tensor_Tensor", becomes=_power),
-    *singular("xlogy.Tensor", becomes=_times_logarithm),
-    *singular("special_xlogy", becomes=_times_logarithm, roles=(Role.POINTWISE,)),
+    *singular("xlogy.Tensor", becomes=_weighed("aten.xlogy.Tensor")),
+    *singular(
+        "special_xlogy", becomes=_weighed("aten.special_xlogy.default"), roles=(Role.POINTWISE,)
+    ),
 )
