@@ -11,20 +11,16 @@ clear error of the library's own. Writes contributions_database.md; goes on wher
 
 from __future__ import annotations
 
-import argparse
-import json
-import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from experiments.operator_database import FOLDER, is_float, modules, operators
+from experiments.operator_database import cases, is_float
+from experiments.sweep import Sweep
 from fullgrad_theory import FullGrad, FullgradError, balance, fullgrad
-from fullgrad_theory.bars import progress
 
 CLOSE = 1e-7
 
@@ -75,7 +71,11 @@ def fault(balanced: Any, given: tuple[Tensor, ...], parts: FullGrad) -> str:
     return f"the parts of a sample miss its value by {off:.2g}" if off > close else ""
 
 
-def split(model: Any, given: tuple[Tensor, ...]) -> dict[str, Any]:
+def split(name: str, model: Any, given: tuple[Tensor, ...]) -> dict[str, Any]:
+    return {"name": name} | _split(model, given)
+
+
+def _split(model: Any, given: tuple[Tensor, ...]) -> dict[str, Any]:
     try:
         balanced = balance(model.eval(), given, "libra", unknown="measure")
     except FullgradError as error:
@@ -109,33 +109,11 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=1, help="of each entry")
-    parser.add_argument("--only", default="", help="entries whose name contains this")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    state = given.out / "contributions_database.jsonl"
-    rows = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
-    done = {row["name"] for row in rows}
-    cases = [c for c in (*operators(given.samples), *modules(given.samples)) if given.only in c[0]]
-    with progress("contributions") as tick, state.open("a") as file:
-        for k, (name, model, tensors) in enumerate(cases, 1):
-            if name not in done and tensors:
-                torch.manual_seed(0)
-                rows.append({"name": name} | split(model, tensors))
-                file.write(json.dumps(rows[-1]) + "\n")
-                file.flush()
-            tick(name, k, len(cases))
-    command = f"python -m experiments.contributions_database --samples {given.samples}"
-    (given.out / "contributions_database.md").write_text(table(rows, command))
-    faults = [r for r in rows if r["found"] in ("WRONG", "RAISED")]
-    for row in faults:
-        print(row)
-    return 1 if faults else 0
+def is_fault(row: dict[str, Any]) -> bool:
+    return row["found"] in ("WRONG", "RAISED")
 
+
+SWEEP = Sweep("contributions_database", cases, split, is_fault, table, samples=1)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(SWEEP.main(__doc__))

@@ -1,7 +1,7 @@
 """torch's own operator and module databases before the checker, against autograd alone.
 
     pip install expecttest  # which torch's databases import
-    python experiments/operator_database.py --samples 2
+    python -m experiments.operator_database --samples 2
 
 Every sample in float64 is a tiny model of its float tensors. A verdict is wrong where the report
 says complete and what the gradient leaves of the output moves with the input (a bias would not), or
@@ -12,18 +12,15 @@ stopped.
 
 from __future__ import annotations
 
-import argparse
-import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from experiments.sweep import Case, Sweep
 from fullgrad_theory import (
     FullgradError,
     Integrate,
@@ -32,12 +29,9 @@ from fullgrad_theory import (
     check_completeness,
     derive_rules,
 )
-from fullgrad_theory.bars import progress
 from fullgrad_theory.testing.independent import evaluate, literal_divisors
 
-FOLDER = Path(__file__).parent / "results"
 CLOSE = 1e-7
-Case = tuple[str, Callable[..., Any], tuple[Tensor, ...]]
 
 
 class Called(nn.Module):
@@ -226,33 +220,16 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=2, help="of each entry")
-    parser.add_argument("--only", default="", help="entries whose name contains this")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    state = given.out / "operator_database.jsonl"
-    rows = [json.loads(line) for line in state.read_text().splitlines()] if state.exists() else []
-    done = {row["name"] for row in rows}
-    cases = [c for c in (*operators(given.samples), *modules(given.samples)) if given.only in c[0]]
-    with progress("operators") as tick, state.open("a") as file:
-        for k, (name, model, tensors) in enumerate(cases, 1):
-            if name not in done and tensors:
-                torch.manual_seed(0)
-                rows.append(judged(name, model, tensors))
-                file.write(json.dumps(rows[-1]) + "\n")
-                file.flush()
-            tick(name, k, len(cases))
-    command = f"python experiments/operator_database.py --samples {given.samples}"
-    (given.out / "operator_database.md").write_text(table(rows, command))
-    faults = [r for r in rows if is_wrong(r) or "RAISED" in (r["plain"], r["libra"])]
-    for row in faults:
-        print(row)
-    return 1 if faults else 0
+def is_fault(row: dict[str, Any]) -> bool:
+    return is_wrong(row) or "RAISED" in (row["plain"], row["libra"])
 
+
+def cases(samples: int) -> Iterator[Case]:
+    """Those with a float tensor to move."""
+    return (case for case in (*operators(samples), *modules(samples)) if case[2])
+
+
+SWEEP = Sweep("operator_database", cases, judged, is_fault, table, samples=2)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(SWEEP.main(__doc__))

@@ -111,34 +111,27 @@ def lstm_cell(
     return o.sigmoid() * c.tanh(), c
 
 
-def gru_cell(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """aten.gru_cell: h of (batch, hidden), by the formula of torch.nn.GRUCell."""
-    r, z, n = linear(input, w_ih, b_ih).chunk(3, -1)
-    by_r, by_z, by_n = linear(hx, w_hh, b_hh).chunk(3, -1)
-    n = (n + (by_r + r).sigmoid() * by_n).tanh()
-    return (hx - n) * (by_z + z).sigmoid() + n
+def _gru_cell(times: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """h of (batch, hidden), by the formula of torch.nn.GRUCell. `times(gate, value)` is their
+    product: torch's layer has its factors in another order, by which a plan names them."""
+
+    def cell(
+        input: Tensor,
+        hx: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Tensor:
+        r, z, n = linear(input, w_ih, b_ih).chunk(3, -1)
+        by_r, by_z, by_n = linear(hx, w_hh, b_hh).chunk(3, -1)
+        n = (n + times((by_r + r).sigmoid(), by_n)).tanh()
+        return (hx - n) * (by_z + z).sigmoid() + n
+
+    return cell
 
 
-def _gru_in_a_layer(
-    input: Tensor,
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    """The same in the order of torch's layer, by which a plan names the factors."""
-    r, z, n = linear(input, w_ih, b_ih).chunk(3, -1)
-    by_r, by_z, by_n = linear(hx, w_hh, b_hh).chunk(3, -1)
-    n = (n + by_n * (by_r + r).sigmoid()).tanh()
-    return (hx - n) * (by_z + z).sigmoid() + n
+gru_cell = _gru_cell(lambda gate, value: gate * value)
 
 
 def _rnn_cell(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -193,6 +186,6 @@ def _layers(cell: Callable[..., Any], states: int) -> Callable[..., tuple[Tensor
 
 
 lstm = _layers(lstm_cell, 2)
-gru = _layers(_gru_in_a_layer, 1)
+gru = _layers(_gru_cell(lambda gate, value: value * gate), 1)
 rnn_tanh = _layers(_rnn_cell(torch.tanh), 1)
 rnn_relu = _layers(_rnn_cell(torch.relu), 1)
