@@ -308,7 +308,7 @@ class Tracker:
         off = [_gap(t, degree * v) for t, v in zip(tangents, values, strict=True)]
         here = min(here, max(off, default=0.0))
         self._refuse_inherited(node, bounds, item, here)
-        self._refuse_noise(bounds, item, values)
+        self._refuse_noise(bounds, item, values, here)
         self._refuse_jumps(node, bounds, item)
         return found
 
@@ -344,10 +344,13 @@ class Tracker:
         if here <= 10 * max(open_there, self._made_of(node, bounds, item, open_there)):
             raise Unjudged("too few digits are left of an operand that is small here")
 
-    def _refuse_noise(self, bounds: list[Bound], item: int, values: list[Any]) -> None:
-        """A value that moves with the last bits of its operands is rounding: no degree is seen."""
+    def _refuse_noise(self, bounds: list[Bound], item: int, values: list[Any], here: float) -> None:
+        """A value that moves with the last bits of its operands is rounding: no degree is seen. Nor
+        is where what is missing is less than the last bits of the operands themselves."""
         for bound, value in zip(bounds, values, strict=True):
             moving = [p for p in bound.places if p.node in self.moving and is_real(p.value)]
+            if here <= 2.0**-50 * max((_top(p.value) for p in moving), default=0.0):
+                raise Unjudged("what is missing is less than the operands are rounded")
             with torch.no_grad():
                 moved = _outputs(bound.run(_nudged(bound, moving, 2.0**-50)))[item]
             gap = (moved - value).abs() if moved.shape == value.shape else value.abs()

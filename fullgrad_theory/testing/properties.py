@@ -518,10 +518,12 @@ def _gauss_legendre(count: int) -> tuple[Any, Any]:
 
 def _averaged(bound: Bound, leaves: dict[int, Tensor], moving: Sequence[int]) -> list[Tensor]:
     """A function whose gradient in the moving operands is the integral of f's from 0 to them:
-    sum w_i f(t_i u) / t_i, with 320 Gauss-Legendre points (held operands keep f's own)."""
+    sum w_i f(t_i u) / t_i, with 320 Gauss-Legendre points in the cube root of t, for what has a
+    root or a logarithm at 0 (held operands keep f's own)."""
     points, weights = _gauss_legendre(320)
     total: list[Tensor] = []
-    for t, w in zip((points + 1) / 2, weights / 2, strict=True):
+    roots = (points + 1) / 2
+    for t, w in zip(roots**3, 3 * roots**2 * weights / 2, strict=True):
         here = {
             i: torch.where(u.isinf(), u, u * float(t)) if i in moving else u.detach()
             for i, u in leaves.items()
