@@ -1,0 +1,299 @@
+"""The kernel: the few rules that a verdict rests on. It imports nothing of the package.
+
+The judgement is *value v is carried at degree d*: of a cotangent c at v, d <c, v> arrives at the
+sources and bias leaves behind it. A `Fact` is that judgement, and only the rules below make one.
+Trusted besides: kernel.toml, which says what each operation means, and that the graph is the model.
+
+A step is one result of a call, as a certificate has it: `operands`, argument -> (value, factor of
+its gradient, 0 where it has none); `monomials`, the exponents of operands in each product; `bias`,
+whether constants are added; `scale`, what its own gradient is multiplied by; `supposing`, below.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+_RULE = object()  # who holds it can make a fact
+EDITS = ("prune", "scale", "secant", "freeze", "integrate")
+Named = Mapping[str, Any]
+
+
+class Refused(Exception):
+    """The kernel does not follow a step: which, and why."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`value`, a node's name with `#k` behind it for a further result, is carried at `degree`,
+    `supposing` what is not known here and has to be true."""
+
+    value: str
+    degree: Fraction
+    supposing: frozenset[str]
+    rule: object
+
+    def __post_init__(self) -> None:
+        if self.rule is not _RULE:
+            raise Refused(f"no rule of the kernel says how {self.value} is carried")
+
+
+def leaf(value: str, degree: Fraction = Fraction(1)) -> Fact:
+    """A source is carried at degree 1: what arrives is <c, v>. Any other degree is supposed."""
+    supposing = [f"{value} has degree {degree}"] if degree != 1 else []
+    return Fact(value, degree, frozenset(supposing), _RULE)
+
+
+def carry(step: Named, facts: Mapping[str, Fact]) -> Fact:
+    """A value whose monomials have one degree n is carried at n, times the scale behind it.
+
+    J_a u_a = p f for a monomial f of degree p in its operand a (Euler): the sum of e_a J_a u_a is
+    n f, where e_a are the degrees that are seen. A constant is a bias leaf at n = 1, a coefficient
+    at n = 0; an operand in no monomial must be seen at 0.
+    """
+    value, scale = step["value"], Fraction(step["scale"])
+    read = {a: (Fraction(f), facts[v]) for a, (v, f) in step["operands"].items() if Fraction(f)}
+    seen = {a: f * fact.degree for a, (f, fact) in read.items()}
+    terms = [{a: Fraction(p) for a, p in monomial} for monomial in step["monomials"]]
+    totals = {sum((p * seen.get(a, 0) for a, p in m.items()), Fraction(0)) for m in terms}
+    n = min(totals, default=Fraction(0))
+    if loose := [a for a in seen if seen[a] and not any(a in m for m in terms)]:
+        raise Refused(f"{value} reads {', '.join(loose)} at a degree other than 0")
+    if len(totals) > 1:
+        raise Refused(f"{value} adds values of degree {', '.join(map(str, sorted(totals)))}")
+    if step["bias"] and n not in (0, 1):
+        raise Refused(f"{value} adds a constant at degree {n}")
+    if scale <= 0 or any(factor < 0 for factor, _ in read.values()):
+        raise Refused(f"{value} turns its gradient round")
+    behind = [fact.supposing for _, fact in read.values()]
+    return Fact(value, n * scale, frozenset(step["supposing"]).union(*behind), _RULE)
+
+
+def complete(outputs: Sequence[Fact]) -> Fact:
+    """Outputs carried at degree 1 are complete: each is what its gradient gives the sources and the
+    bias leaves, for every input and every parameter."""
+    if wrong := [f"{fact.value} at {fact.degree}" for fact in outputs if fact.degree != 1]:
+        raise Refused(f"an output is carried at a degree other than 1: {', '.join(wrong)}")
+    supposing = frozenset[str]().union(*(fact.supposing for fact in outputs))
+    return Fact(", ".join(fact.value for fact in outputs), Fraction(1), supposing, _RULE)
+
+
+@cache
+def meanings() -> tuple[Mapping[str, Sequence[Named]], frozenset[str]]:
+    """Operation -> the entries of kernel.toml that name it; and what is pointwise without a tag."""
+    table = tomllib.loads(files(__package__).joinpath("kernel.toml").read_text("utf-8"))
+    rows: dict[str, list[Named]] = {}
+    for entry in table["meaning"]:
+        for name in entry["operations"].split():
+            rows.setdefault(name, []).append(entry)
+    return rows, frozenset(table["pointwise"].split())
+
+
+def name_of(target: Any) -> str:
+    """`aten.gelu.default` for an overload, the qualified name of a Python function."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module, name = getattr(target, "__module__", ""), getattr(target, "__name__", str(target))
+    return name if module in ("_operator", "builtins") else f"{module}.{name}"
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by name, the defaults of its schema among them."""
+    schema = getattr(node.target, "_schema", None)
+    named = [] if schema is None else schema.arguments
+    names = [a.name for a in named] or [f"arg{i}" for i in range(len(node.args))]
+    names = ["self", "index"] if node.target is operator.getitem else names
+    defaults = {a.name: a.default_value for a in named if a.has_default_value()}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def reads(arguments: Named) -> dict[str, fx.Node]:
+    """The node at every argument position: `weight`, or `tensors[1]`."""
+    flat = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            flat |= {f"{name}[{i}]": element for i, element in enumerate(value)}
+    return {name: value for name, value in flat.items() if isinstance(value, fx.Node)}
+
+
+def results(node: fx.Node) -> list[str]:
+    """What each result is: "float", "integer" for a tensor of other numbers, "" for no tensor."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    floats = [isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values]
+    tensors = ["integer" if isinstance(v, Tensor) else "" for v in values]
+    return ["float" if f else kind for f, kind in zip(floats, tensors, strict=True)]
+
+
+_FACTOR = re.compile(r"([*/]?)\s*([A-Za-z_]\w*(?:\[\d+\])?|1)(\??)(?:\^([-\w./]+))?")
+
+
+def monomials(rule: str, arguments: Named, operands: Named) -> tuple[list[list[Any]], bool]:
+    """What a rule says of one call, and whether it adds a constant. What is left out, or is 0, adds
+    nothing; a list is a sum, `*list` a product."""
+    found: list[list[Any]] = []
+    bias = False
+    for term in filter(None, map(str.strip, rule.split("+"))):
+        product: list[list[Any]] = []
+        for sign, name, where_live, power in _FACTOR.findall(term):
+            exponent = _exponent(power or "1", arguments) * (-1 if sign == "/" else 1)
+            value = 1 if name == "1" or name in operands else arguments.get(name)
+            if isinstance(value, (list, tuple)):
+                product += [[f"{name}[{i}]", str(exponent)] for i in range(len(value))]
+            elif (value is None and not product) or (value == 0 and exponent > 0):
+                product = []
+                break
+            elif value is not None and not (where_live and operands[name][1] == "0"):
+                product.append([name, str(exponent)])
+        is_sum = bool(product) and "[" in product[0][0] and not term.startswith("*")
+        for one in [[factor] for factor in product] if is_sum else [product] * bool(product):
+            moved = [factor for factor in one if factor[0] in operands]
+            held = bool(moved) or one == [["1", "0"]]  # to 1^0 it jumps
+            found += [moved] if held and moved not in found else []
+            bias |= not held
+    return found, bias
+
+
+def _exponent(text: str, arguments: Named) -> Fraction:
+    """The number that an exponent is; the fraction, of a rounded one."""
+    value: Any = arguments.get(text, text)
+    if isinstance(value, (fx.Node, torch.SymInt)):
+        raise Refused(f"the exponent {value} is no number that is known here")
+    near = Fraction(value).limit_denominator(24)
+    return near if abs(near - Fraction(value)) < Fraction(1, 10**9) else Fraction(value)
+
+
+class Proof:
+    """Facts about the values of a graph under a claim: its `edits`, as the file of a plan has them;
+    `sources`; inputs that are `held`; `declared`, node -> a rule that is supposed of it; `broken`,
+    node -> the degree that is supposed of it.
+
+    A value with neither a fact nor a refusal carries nothing: it does not depend on the input, or
+    no gradient does.
+    """
+
+    def __init__(self, graph: fx.Graph, claim: Named) -> None:
+        self.facts: dict[str, Fact] = {}
+        self.steps: dict[str, Named] = {}
+        self.refused: dict[str, str] = {}
+        self.claim, self.nodes = claim, {node.name: node for node in graph.nodes}
+        self._edits: dict[str, list[Named]] = {name: [] for name in self.nodes}
+        for edit in claim["edits"]:
+            if edit["edit"] not in EDITS or edit["node"] not in self.nodes:
+                raise Refused(f"{edit} is no edit of this graph")
+            self._edits[edit["node"]].append(edit)
+        self._moving: set[fx.Node] = set()
+        self._integers: set[fx.Node] = set()  # of the input, and what is made of these alone
+        self._several: set[str] = set()  # whose results have degrees of their own
+        for name, node in self.nodes.items():
+            if name in claim["held"] or not self._moves(node):
+                continue
+            try:
+                for step in self._steps(node) if node.op == "call_function" else ():
+                    self.steps[step["value"]] = step
+                    self.facts[step["value"]] = carry(step, self.facts)
+            except Refused as error:
+                self.refused[name] = str(error)
+            if name in claim["broken"] or (name in claim["sources"] and self._is_source(node)):
+                self.facts[name] = leaf(name, claim["broken"].get(name, Fraction(1)))
+
+    def _moves(self, node: fx.Node) -> bool:
+        """Whether a value depends on the input; by a shape it does where values decide that."""
+        rows = meanings()[0].get(name_of(node.target), ())
+        found = {a: n for a, n in reads(arguments_of(node)).items() if n in self._moving}
+        behind = found.keys() - {row.get("shape") for row in rows}
+        decided = bool(found) and bool(free_unbacked_symbols(node.meta.get("val")))
+        if not decided and not (any(results(node)) and (node.op == "placeholder" or behind)):
+            return False
+        self._moving.add(node)
+        floats = "float" in results(node)
+        of = node.all_input_nodes if floats else found.values()
+        if all(n in self._integers for n in of) and not (node.op == "placeholder" and floats):
+            self._integers.add(node)
+        return True
+
+    def _is_source(self, node: fx.Node) -> bool:
+        """Whether attribution may end there: a float input, or what integers look up."""
+        found = [n for n in node.all_input_nodes if n in self._moving]
+        among = node.target is operator.getitem and self._is_source(found[0])
+        looked_up = all(n in self._integers for n in found) and node not in self._integers
+        return "float" in results(node) and (looked_up or among)
+
+    def _steps(self, node: fx.Node) -> Iterator[Named]:
+        """What each result is of the operands, as they are seen under the edits."""
+        edits = {e["edit"]: e for e in self._edits[node.name] if not e.get("argument")}
+        own = next((edits[kind] for kind in EDITS[2:] if kind in edits), {})
+        arguments = self._outside(node, own) if own.get("region") else arguments_of(node)
+        moving = {a: n for a, n in reads(arguments).items() if n in self._moving}
+        row = self._meaning(node, own, arguments, moving)
+        rules = row[own.get("edit", "rule")].split(";")
+        if rules == ["-"]:
+            return
+        self._several |= {node.name} if len(rules) > 1 else set()
+        moving.pop(row.get("shape", ""), None)
+        operands = {a: self._read(node, a, n) for a, n in moving.items()}
+        scale = edits.get("scale", {"factor": "1"})["factor"]
+        carries = any(factor != "0" for _, factor in operands.values())
+        for k, (result, rule) in enumerate(zip(results(node), rules, strict=False)):
+            if result != "float" or rule.strip() == "-" or not carries:
+                continue
+            terms, bias = monomials(rule, arguments, operands)
+            chosen = moving.keys() - {a for term in terms for a, _ in term}
+            by_floats = any(moving[a] not in self._integers for a in chosen)
+            said = {
+                "is what is declared of it": row["class"] == "declared",
+                "is integrated along a ray": own.get("edit") == "integrate",
+                "does not jump": row["class"] == "linear" and by_floats and bias + len(terms) > 1,
+            }
+            value = f"{node.name}#{k}" if k else node.name
+            made = {"value": value, "operation": name_of(node.target), "class": row["class"]}
+            made |= {"edit": own.get("edit", ""), "operands": operands, "monomials": terms}
+            supposing = [f"{value} {words}" for words, so in said.items() if so]
+            yield made | {"bias": bias, "scale": scale, "supposing": supposing}
+
+    def _meaning(self, node: fx.Node, own: Named, arguments: Named, moving: Named) -> Named:
+        """The entry of kernel.toml that a call has, under an edit of its own."""
+        edit, name = own.get("edit", "rule"), name_of(node.target)
+        if own.get("region"):
+            return {"class": "region", edit: " + ".join([*moving, "1"])}
+        if node.name in self.claim["declared"]:
+            return {"class": "declared", edit: self.claim["declared"][node.name]}
+        for row in meanings()[0].get(name, ()):
+            fits = all(arguments.get(k) == v for k, v in row.get("where", {}).items())
+            fits &= not any(arguments.get(k) == v for k, v in row.get("unless", {}).items())
+            if fits and edit in row and {*row.get("moving", moving)} == {*moving}:
+                return row
+        raise Refused(f"kernel.toml does not say what {name} means as {node.name} calls it")
+
+    def _read(self, node: fx.Node, argument: str, read: fx.Node) -> list[str]:
+        """What an operand reads, and the factor of its gradient there."""
+        among = node.target is operator.getitem and read.name in self._several and node.args[1]
+        value = f"{read.name}#{among}" if among else read.name
+        here = {e["edit"]: e for e in self._edits[node.name] if e.get("argument") == argument}
+        if "prune" in here or (value not in self.facts and read.name not in self.refused):
+            return [value, "0"]
+        if value not in self.facts:
+            raise Refused(f"{node.name} reads {read.name}, which is not followed")
+        return [value, here["scale"]["factor"] if "scale" in here else "1"]
+
+    def _outside(self, node: fx.Node, own: Named) -> dict[str, fx.Node]:
+        """What a region reads; under a secant it has to be pointwise, of one value that moves."""
+        inside = [n for n in self.nodes.values() if n.name in (*own["region"], node.name)]
+        read = list(dict.fromkeys(n for m in inside for n in m.all_input_nodes if n not in inside))
+        tagged = {n for n in inside if torch.Tag.pointwise in getattr(n.target, "tags", ())}
+        pointwise = all(n in tagged or name_of(n.target) in meanings()[1] for n in inside)
+        one = sum(n in self._moving for n in read) == 1
+        if own["edit"] == "secant" and not (pointwise and one):
+            raise Refused(f"the region of {node.name} is no pointwise function of one value")
+        return {f"arg{i}": n for i, n in enumerate(read, 2)}
