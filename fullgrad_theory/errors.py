@@ -46,6 +46,10 @@ class PlanError(FullgradError, ValueError):
     """A plan does not fit the graph it is applied to."""
 
 
+class CertificateError(FullgradError, ValueError):
+    """A certificate proves nothing, or something else than it says; the step is named."""
+
+
 class DerivativeError(FullgradError, RuntimeError):
     """A balanced model is differentiated twice, or forward, which its edits have no meaning for."""
 

@@ -37,7 +37,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Fact:
     """`value`, a node's name with `#k` behind it for a further result, is carried at `degree`,
-    `supposing` what is not known here and has to be true."""
+    `supposing` what the sources are, and what is not known here and has to be true."""
 
     value: str
     degree: Fraction
@@ -49,10 +49,10 @@ class Fact:
             raise Refused(f"no rule of the kernel says how {self.value} is carried")
 
 
-def leaf(value: str, degree: Fraction = Fraction(1)) -> Fact:
-    """A source is carried at degree 1: what arrives is <c, v>. Any other degree is supposed."""
-    supposing = [f"{value} has degree {degree}"] if degree != 1 else []
-    return Fact(value, degree, frozenset(supposing), _RULE)
+def leaf(value: str, degree: Fraction | None = None) -> Fact:
+    """A source is carried at degree 1: what arrives is <c, v>. A given degree is supposed."""
+    why = f"{value} is a source" if degree is None else f"{value} is carried at degree {degree}"
+    return Fact(value, Fraction(1) if degree is None else degree, frozenset([why]), _RULE)
 
 
 def carry(step: Named, facts: Mapping[str, Fact]) -> Fact:
@@ -206,7 +206,7 @@ class Proof:
             except Refused as error:
                 self.refused[name] = str(error)
             if name in claim["broken"] or (name in claim["sources"] and self._is_source(node)):
-                self.facts[name] = leaf(name, claim["broken"].get(name, Fraction(1)))
+                self.facts[name] = leaf(name, claim["broken"].get(name))
 
     def _moves(self, node: fx.Node) -> bool:
         """Whether a value depends on the input; by a shape it does where values decide that."""

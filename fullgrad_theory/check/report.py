@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FullgradError
+from ..errors import CertificateError, FullgradError
 from ..plan.plan import Plan
+from .certificate import Certificate
 from .numeric import largest
 
 if TYPE_CHECKING:
@@ -96,6 +97,15 @@ class Report:
     plan: Plan | None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    certified: Certificate | None = field(default=None, repr=False, compare=False)
+
+    def certificate(self) -> Certificate:
+        """The verdict's proof as data. Raises `CertificateError` where there is none: the model is
+        not complete, the kernel does not follow, or the report was read from a file."""
+        if self.certified is None:
+            why = "the kernel does not follow all of it" if self.complete else WORDS[self.complete]
+            raise CertificateError(f"{self.model} has no certificate: {why}")
+        return self.certified
 
     def __str__(self) -> str:
         """What a terminal shows, without colour, at most 100 columns wide."""
@@ -120,7 +130,7 @@ class Report:
 
         A number that is not finite is written as a string: "nan", "inf", "-inf".
         """
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in _WRITTEN}
         fields |= {
             "nodes": [asdict(node) for node in self.nodes],
             "measurements": [asdict(one) for one in self.measurements],
@@ -135,7 +145,7 @@ class Report:
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"not a report in the format {FORMAT!r}")
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
+        fields = {name: data[name] for name in _WRITTEN}
         fields |= {
             "error": _number(data["error"]),
             "error_before": _number(data["error_before"]),
@@ -161,6 +171,10 @@ class Report:
         """Raise `IncompleteError`, the report as its text, unless the verdict is complete."""
         if not self.complete:
             raise IncompleteError(str(self))
+
+
+_WRITTEN = tuple(name for name in Report.__dataclass_fields__ if name != "certified")
+"""the fields that a report's file has"""
 
 
 def _strict(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch.utils import _pytree as pytree
@@ -13,6 +14,7 @@ from ..edits.folding import fold
 from ..edits.kinds import Edit
 from ..errors import NonFiniteError, NoPlanError
 from ..graph.computation import ComputationGraph
+from ..kernel import Proof
 from ..operators.calls import is_ray
 from ..plan.derivation import derive_rules
 from ..plan.labelling import Degrees, degrees
@@ -20,6 +22,7 @@ from ..plan.measuring import Measured
 from ..plan.plan import Plan
 from ..plan.states import State
 from . import words
+from .certificate import Certificate, certify, follow
 from .heads import head_problems
 from .report import FINE, Verdict
 
@@ -42,17 +45,24 @@ class Structure:
 
     `graph`: with the plan's regions folded; `labels` its degrees under the plan. `mending`: the
     plan in force, or, for a gradient as it is, the one that would mend it, where there is one.
-    `judgements`: of every live node that a gradient path leads from, in graph order.
+    `proof`: the kernel's account of the graph `unfolded`. `judgements`: of every live node that a
+    gradient path leads from, in graph order.
     """
 
     graph: ComputationGraph
+    unfolded: ComputationGraph
     plan: Plan | None
     policy: str | None
     labels: Degrees
     mending: Plan | None
+    proof: Proof
     judgements: Mapping[str, Judgement]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def certificate(self) -> Certificate:
+        """Raises `CertificateError` where the kernel does not follow."""
+        return certify(self.unfolded, self.plan, self.proof)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -74,15 +84,18 @@ def structure_of(graph: ComputationGraph, policy: str | Policy | Plan | None) ->
     labels = degrees(folded, edits, unedited.live if folded is graph else None)
     to_mend = plan is None and unedited.findings
     mending, no_mend = _plan(graph, "libra") if to_mend else (plan, None)
+    proof = follow(graph, plan, labels)
     judged = [n for n in folded.nodes if n in labels.live.calls and n in labels.alive]
     unreached = [source for source in labels.live.sources if source not in labels.alive]
     return Structure(
         folded,
+        graph,
         plan,
         plan.policy if plan else None if policy is None else str(policy),
         labels,
         mending,
-        {name: _judgement(labels, name) for name in judged},
+        proof,
+        {name: _judgement(labels, proof, name) for name in judged},
         problems=(
             *([words.no_plan(obstacle)] if obstacle else []),
             *_unreached_outputs(folded, labels),
@@ -110,7 +123,9 @@ def _plan(
         return None, error
 
 
-def _judgement(labels: Degrees, name: str) -> Judgement:
+def _judgement(labels: Degrees, proof: Proof, name: str) -> Judgement:
+    """What is violated; what was measured; and proved is what the kernel follows, supposing
+    nothing."""
     finding, operator = labels.findings.get(name), labels.live.calls[name].operator
     measured = operator if isinstance(operator, Measured) else None
     if finding and measured and measured.contradiction and not finding.opaque:
@@ -119,9 +134,24 @@ def _judgement(labels: Degrees, name: str) -> Judgement:
         return Judgement(Verdict.OPAQUE if finding.opaque else Verdict.VIOLATED, finding.reason)
     if measured:
         return Judgement(Verdict.NUMERIC, measured.note)
-    # that an integral exists is proved, that it was found is measured
-    lemma = operator.proved and labels.modes[name].edit != "integrate"
-    return Judgement(Verdict.PROVED if lemma else Verdict.NUMERIC, operator.kind.lemma)
+    lemma = operator.kind.lemma
+    for value, degree in _values(labels, name):
+        if name in proof.refused:
+            return Judgement(Verdict.NUMERIC, words.not_followed(lemma, proof.refused[name]))
+        if value not in proof.facts or proof.facts[value].degree != degree:
+            return Judgement(Verdict.UNKNOWN, words.KERNEL_DISAGREES)
+        if proof.steps[value]["supposing"]:
+            return Judgement(
+                Verdict.NUMERIC, words.supposed(lemma, proof.steps[value]["supposing"])
+            )
+    return Judgement(Verdict.PROVED, lemma)
+
+
+def _values(labels: Degrees, name: str) -> Iterator[tuple[str, Fraction]]:
+    """The live results of a call, as the kernel names them, with their degrees."""
+    for k, fact in enumerate(labels.facts[name]):
+        if fact.state is State.LIVE:
+            yield f"{name}#{k}" if k else name, fact.degree
 
 
 def _black_boxes(graph: ComputationGraph, labels: Degrees, judged: Iterable[str]) -> Iterator[str]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf, isfinite, isnan
 
+from ..errors import CertificateError
 from ..graph.sources import module_path, source_line
 from ..operators.calls import short_name, target_name
 from . import words
+from .certificate import Certificate
 from .local import Local
 from .numeric import largest
 from .own import Forward
@@ -117,7 +119,16 @@ def report_of(structure: Structure, evidence: Evidence | None, bounds: Bounds) -
         plan=structure.plan,
         problems=tuple(dict.fromkeys(problems)),
         notes=tuple(dict.fromkeys(notes)),
+        certified=_certified(structure) if complete else None,
     )
+
+
+def _certified(structure: Structure) -> Certificate | None:
+    """The proof as data; None where the kernel does not follow, which nodes then say."""
+    try:
+        return structure.certificate()
+    except CertificateError:
+        return None
 
 
 def _unless_shown(

@@ -35,6 +35,20 @@ def contradiction(said: str) -> str:
     return f"its measurement contradicts itself: {said}"
 
 
+KERNEL_DISAGREES = (
+    "the labelling and the kernel give it different degrees: an error of this library, which "
+    "should be reported"
+)
+
+
+def not_followed(lemma: str, why: str) -> str:
+    return f"{lemma}; measured, not proved: {why}"
+
+
+def supposed(lemma: str, supposing: Iterable[str]) -> str:
+    return f"{lemma}; measured, not proved: {', '.join(supposing)}"
+
+
 def unreached_output(where: str, constant: bool) -> str:
     what = "is constant" if constant else "carries no gradient"
     return f"the input does not reach output {where}: it {what}"

@@ -1,0 +1,231 @@
+"""A verdict's proof as data: what the kernel is told of a graph, and every step as it follows.
+
+Nothing here is trusted. `verify` hands a certificate's claim and a graph to the kernel, whose
+theorem it is; the steps in a certificate are for readers, for files that are compared, and for Coq.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from ..errors import CertificateError
+from ..files import write_whole
+from ..graph.computation import ComputationGraph
+from ..kernel import Fact, Proof, Refused, carry, complete, leaf, meanings
+from ..operators.calls import bind, target_name
+from ..operators.registry import lookup
+from ..operators.relations import Relation, exponent_names
+from ..plan.labelling import Degrees
+from ..plan.plan import Plan
+
+FORMAT = "fullgrad-theory certificate 1"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Why the gradient of a graph is complete under a plan. docs/certificate.schema.json has the
+    form of its file.
+
+    `claim`: what the kernel is told: `edits`, `sources`, `held` and `declared`, see `kernel.Proof`.
+    `steps`: every value between the sources and the `outputs`, in order, with its `degree`.
+    `supposing`: what the theorem rests on besides. `graph`, `plan`: digests.
+    """
+
+    model: str
+    policy: str | None
+    graph: str
+    plan: str
+    claim: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    steps: tuple[Mapping[str, Any], ...]
+    supposing: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The certificate as JSON; the same one gives the same text."""
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1, ensure_ascii=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file."""
+        write_whole(path, self.to_json() + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Certificate:
+        """Read what `save` wrote; raises `CertificateError` where the file holds none."""
+        try:
+            return Certificate.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeError) as error:
+            raise CertificateError(f"{path} cannot be read: {error}") from error
+
+    @staticmethod
+    def from_json(text: str, source: str = "this") -> Certificate:
+        """The certificate that `to_json` wrote; raises `CertificateError` where it is none."""
+        try:
+            data = json.loads(text)
+            form = data.pop("format")
+            fields = {name: data.pop(name) for name in Certificate.__dataclass_fields__}
+            if form != FORMAT or data:
+                raise ValueError(f"the format is {form!r} with {sorted(data)}")
+            lists = {k: tuple(fields[k]) for k in ("outputs", "steps", "supposing")}
+            return Certificate(**fields | lists)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            said = f"{type(error).__name__}: {error}"[:120]
+            raise CertificateError(f"{source} holds no certificate ({said})") from error
+
+
+def certify(graph: ComputationGraph, plan: Plan | None, proof: Proof) -> Certificate:
+    """The certificate of a graph under a plan; raises `CertificateError` where the kernel does not
+    follow, and says where."""
+    outputs = tuple(node.name for node in graph.outputs)
+    theorem = _concluded(proof, outputs)
+    needed, steps = {*outputs}, []
+    for value, step in reversed(proof.steps.items()):
+        if value in needed and value in proof.facts:
+            needed |= {read for read, factor in step["operands"].values() if factor != "0"}
+            steps.append({**step, "degree": str(proof.facts[value].degree)})
+    return Certificate(
+        graph.name,
+        plan.policy if plan else None,
+        digest(graph.fx.graph),
+        _hash(str(edit) for edit in (plan or ())),
+        {name: value for name, value in proof.claim.items() if name != "broken"},
+        outputs,
+        tuple(reversed(steps)),
+        tuple(sorted(theorem.supposing)),
+    )
+
+
+def verify(certificate: Certificate, graph: ComputationGraph | None = None) -> Fact:
+    """The kernel's theorem; raises `CertificateError` where it has none, or another one.
+
+    Without a graph it is about any graph whose steps are those of the certificate; with one, every
+    step is derived again from that graph, and has to be the one that stands there.
+    """
+    theorem = _consistent(certificate)
+    if graph is not None:
+        if certificate.outputs != tuple(node.name for node in graph.outputs):
+            raise CertificateError("it is about other outputs than those of this model")
+        if certificate.graph != digest(graph.fx.graph):
+            raise CertificateError(
+                f"it was made for another graph than that of {graph.name}: certify it again"
+            )
+        with _refusing():
+            proof = Proof(graph.fx.graph, {**certificate.claim, "broken": {}})
+        theorem = _concluded(proof, certificate.outputs)
+        for step in certificate.steps:
+            found = proof.steps.get(step["value"])
+            if found is None or {**found, "degree": step["degree"]} != step:
+                raise CertificateError(f"step {step['value']} is not what the graph has there")
+    if tuple(sorted(theorem.supposing)) != certificate.supposing:
+        raise CertificateError("it rests on something else than it says it is supposing")
+    return theorem
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What the kernel refuses, or cannot read, is an error of the certificate."""
+    try:
+        yield
+    except Refused as error:
+        raise CertificateError(str(error)) from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {error}"[:120]
+        raise CertificateError(f"it does not have the form of one ({said})") from error
+
+
+def _consistent(certificate: Certificate) -> Fact:
+    """The theorem about the steps alone: each carries the degree that stands beside it."""
+    with _refusing():
+        facts = {name: leaf(name) for name in certificate.claim["sources"]}
+        for step in certificate.steps:
+            value = step["value"]
+            if value in facts:
+                raise Refused(f"{value} stands there twice")
+            facts[value] = carry(step, facts)
+            if facts[value].degree != Fraction(step["degree"]):
+                raise Refused(
+                    f"{value} is carried at {facts[value].degree}: {step['degree']} is said"
+                )
+        if not certificate.outputs or {*certificate.outputs} & {*certificate.claim["sources"]}:
+            raise Refused("an output has to be something else than a source")
+        return complete([facts[name] for name in certificate.outputs])
+
+
+def _concluded(proof: Proof, outputs: Iterable[str]) -> Fact:
+    with _refusing():
+        for name in outputs:
+            if name not in proof.facts:
+                raise Refused(proof.refused.get(name, f"nothing of the input reaches {name}"))
+        return complete([proof.facts[name] for name in outputs])
+
+
+# --------------------------------------------------------------------------- what the kernel gets
+
+
+def follow(graph: ComputationGraph, plan: Plan | None, labels: Degrees) -> Proof:
+    """The kernel's account of a graph under a plan.
+
+    What is violated has a degree that is supposed; what the kernel has no meaning of, the rule that
+    is known of it here.
+    """
+    claim: dict[str, Any] = {
+        "edits": [_plain(edit.data()) for edit in plan.edits] if plan else [],
+        "sources": [*labels.live.sources],
+        "held": sorted(graph.held),
+        "declared": {},
+        "broken": {name: labels.facts[name][0].degree for name in labels.findings},
+    }
+    proof = Proof(graph.fx.graph, claim)
+    beyond = [n for n in proof.refused if n in labels.live.calls and _is_beyond(graph, labels, n)]
+    if not beyond:
+        return proof
+    declared = {name: rule_of(labels.modes[name].outputs) for name in beyond}
+    return Proof(graph.fx.graph, claim | {"declared": declared})
+
+
+def rule_of(relations: Iterable[Relation]) -> str:
+    """Relations as kernel.toml writes a rule."""
+    return " ; ".join(map(_result_of, relations))
+
+
+def _result_of(relation: Relation) -> str:
+    if relation.frozen:
+        return "-"
+    terms = ["*".join(f"{a}^{p}" for a, p in term) or "1^0" for term in relation.terms]
+    terms += [f"{a}?" for a in relation.ray]
+    return " + ".join([*terms, *(["1"] if relation.domain not in (None, (0,)) else [])])
+
+
+def _is_beyond(graph: ComputationGraph, labels: Degrees, name: str) -> bool:
+    """Whether the kernel cannot know what a call means: kernel.toml does not name it, or the rule
+    depends on a size or on a parameter."""
+    node, record = graph.nodes[name], labels.live.calls[name].operator
+    if node.op != "call_function":
+        return False
+    operation, arguments = target_name(node.target), bind(node)
+    by_parameter = [arguments.get(n) for n in exponent_names(record.signature)]
+    depends = any(isinstance(value, fx.Node) for value in by_parameter)
+    return operation not in meanings()[0] or record is not lookup(operation) or depends
+
+
+def digest(graph: fx.Graph) -> str:
+    """A hash of a graph: each node's call, what it reads, and the numbers in it."""
+    return _hash(
+        f"{n.op} {n.name} {target_name(n.target)} {n.args} {n.kwargs}" for n in graph.nodes
+    )
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in data.items()}
