@@ -129,6 +129,65 @@ def derive(
 
 
 @app.command(cls=Reporting)
+def certify(
+    name: Name,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=writable, help="Write the certificate there.")
+    ],
+    inputs: Inputs = None,
+    policy: Annotated[
+        str | None, typer.Option(callback=fits_policy, help="The policy whose edits are proved.")
+    ] = "libra",
+    plain: Annotated[
+        bool, typer.Option("--plain", help="The gradient as it is, without edits.")
+    ] = False,
+    coq: Annotated[
+        Path | None,
+        typer.Option(callback=writable, help="Write the theorem for Coq there, a .v file."),
+    ] = None,
+    device: Device = None,
+    unknown: IfUnknown = Unknown.ERROR,
+    traceback: Traceback = False,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
+) -> None:
+    """Write the proof that a gradient is complete as a certificate; exit code as that of check."""
+    from . import certifying, checking, making
+
+    chosen = making.Chosen(name, inputs, device=device)
+    asked = checking.Asked(output, constant, explain)
+    files = certifying.Proofs(out, coq)
+    policy = None if plain else policy
+    code = certifying.certify(chosen, policy, unknown, files, traceback, asked)
+    raise typer.Exit(code)
+
+
+@app.command(cls=Reporting)
+def verify(
+    certificate: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="What certify wrote.")
+    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The model it is about, as certify takes it; traced afresh."),
+    ] = None,
+    inputs: Inputs = None,
+    device: Device = None,
+    traceback: Traceback = False,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
+) -> None:
+    """Have the kernel check a certificate: exit code 0 where it proves what it says, else 1."""
+    from . import certifying, checking, making
+
+    chosen = making.Chosen(name, inputs, device=device) if name else None
+    asked = checking.Asked(output, constant, explain)
+    raise typer.Exit(certifying.check_certificate(certificate, chosen, traceback, asked))
+
+
+@app.command(cls=Reporting)
 def explain(
     image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image file.")],
     name: Annotated[

@@ -1,0 +1,112 @@
+"""A certificate as a theorem of Coq: that every network of its form is complete.
+
+proofs/coq says what a network of that form is, and proves the checker that accepts the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+from .certificate import Certificate
+
+HEADER = """\
+(* {model} under {policy}: graph {graph}, plan {plan}.
+   Every network that realises this certificate is complete: for every size, input and parameter. *)
+From Fullgrad Require Import Certificate.
+"""
+CLAIM = """\
+Theorem complete : forall P, realises certificate P -> all_complete certificate outputs P.
+Proof. apply check_sound. vm_compute. reflexivity. Qed.
+Print Assumptions complete.
+"""
+KINDS = {"secant": "Secant", "freeze": "Freeze", "integrate": "Integral"}
+"""the kind of a step by its edit"""
+OF_CLASS = {"attention": "Attention", "piecewise": "Piecewise", "declared": "Measured"}
+CHUNK = 100
+"""items in one definition, which Coq reads faster than a long one"""
+
+
+def to_coq(certificate: Certificate) -> str:
+    """The `.v` file whose theorem is the certificate's, for `coqc -Q proofs/coq Fullgrad`."""
+    items = list(items_of(certificate))
+    parts = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+    places = places_of(certificate)
+    outputs = [len(items) - places[name] for name in certificate.outputs]
+    head = HEADER.format(
+        model=_quiet(certificate.model),
+        policy=_quiet(certificate.policy or "no edits"),
+        graph=certificate.graph[:16],
+        plan=certificate.plan[:16],
+    )
+    defined = [
+        f"Definition part{k} : certificate := [\n  " + ";\n  ".join(part) + "]."
+        for k, part in enumerate(parts)
+    ]
+    whole = " ++ ".join(f"part{k}" for k in range(len(parts)))
+    return "\n".join(
+        [
+            head,
+            *defined,
+            f"Definition certificate_ : certificate := {whole}.",
+            f"Definition outputs : list positive := [{'; '.join(map(str, outputs))}]%positive.",
+            CLAIM,
+        ]
+    )
+
+
+def places_of(certificate: Certificate) -> dict[str, int]:
+    """The place of every value among the items: the sources first."""
+    names = [*certificate.claim["sources"], *(step["value"] for step in certificate.steps)]
+    return {name: place for place, name in enumerate(names)}
+
+
+def items_of(certificate: Certificate) -> Iterator[str]:
+    """The items of the certificate, one a source and one a step."""
+    places = places_of(certificate)
+    yield from ("Leaf" for _ in certificate.claim["sources"])
+    for step in certificate.steps:
+        yield _item(step, places)
+
+
+def _item(step: Mapping[str, Any], places: Mapping[str, int]) -> str:
+    here, positions = places[step["value"]], {a: i for i, a in enumerate(step["operands"])}
+    edges = [
+        f"Live {here - places[value]} {_number(factor)}" if Fraction(factor) else "Held"
+        for value, factor in step["operands"].values()
+    ]
+    monomials = [
+        "["
+        + "; ".join(f"({positions[a]}, {_number(p)})" for a, p in monomial if a in positions)
+        + "]"
+        for monomial in step["monomials"]
+    ]
+    return (
+        f"Op (Node {kind_of(step)} [{'; '.join(edges)}] [{'; '.join(monomials)}] "
+        f"{'true' if step['bias'] and monomials else 'false'} "
+        f"{_number(step['scale'])} {_number(step['degree'])})"
+    )
+
+
+def kind_of(step: Mapping[str, Any]) -> str:
+    """What Coq calls the class of a step: by its edit, its class, or what its monomials are."""
+    powers = [[Fraction(p) for _, p in monomial] for monomial in step["monomials"]]
+    if not powers:
+        return "Null"
+    if step["edit"] in KINDS or step["class"] in OF_CLASS:
+        return KINDS.get(step["edit"]) or OF_CLASS[step["class"]]
+    if all(one == [1] for one in powers):
+        return "Homogeneous" if step["class"] == "homogeneous" else "Linear"
+    whole = all(p > 0 and p.denominator == 1 for one in powers for p in one)
+    return "Product" if whole and all(powers) else "Homogeneous"
+
+
+def _number(text: str) -> str:
+    number = Fraction(text)
+    return f"({number.numerator}#{number.denominator})"
+
+
+def _quiet(text: str) -> str:
+    """Text that ends no comment."""
+    return text.replace("*)", "* )").replace("(*", "( *").replace('"', "'")
