@@ -4,9 +4,9 @@ The judgement is *value v is carried at degree d*: of a cotangent c at v, d <c, 
 sources and bias leaves behind it. A `Fact` is that judgement, and only the rules below make one.
 Trusted besides: kernel.toml, which says what each operation means, and that the graph is the model.
 
-A step is one result of a call, as a certificate has it: `operands`, argument -> (value, factor of
-its gradient, 0 where it has none); `monomials`, the exponents of operands in each product; `bias`,
-whether constants are added; `scale`, what its own gradient is multiplied by; `supposing`, below.
+A step is one result of a call: `operands`, argument -> (value, factor of its gradient, 0 for none);
+`monomials`, exponents of operands; `bias`, whether constants are added; `scale`, what its own
+gradient is multiplied by; `supposing`, as below.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 _RULE = object()  # who holds it can make a fact
 EDITS = ("prune", "scale", "secant", "freeze", "integrate")
+UNKNOWN = "kernel.toml does not say"
 Named = Mapping[str, Any]
 
 
@@ -81,8 +82,7 @@ def carry(step: Named, facts: Mapping[str, Fact]) -> Fact:
 
 
 def complete(outputs: Sequence[Fact]) -> Fact:
-    """Outputs carried at degree 1 are complete: each is what its gradient gives the sources and the
-    bias leaves, for every input and every parameter."""
+    """Outputs at degree 1 are complete: the sum of what their gradient gives sources and biases."""
     if wrong := [f"{fact.value} at {fact.degree}" for fact in outputs if fact.degree != 1]:
         raise Refused(f"an output is carried at a degree other than 1: {', '.join(wrong)}")
     supposing = frozenset[str]().union(*(fact.supposing for fact in outputs))
@@ -90,14 +90,14 @@ def complete(outputs: Sequence[Fact]) -> Fact:
 
 
 @cache
-def meanings() -> tuple[Mapping[str, Sequence[Named]], frozenset[str]]:
-    """Operation -> the entries of kernel.toml that name it; and what is pointwise without a tag."""
+def meanings() -> Mapping[str, Sequence[Any]]:
+    """Operation -> its entries in kernel.toml; "pointwise" -> the operations that are that."""
     table = tomllib.loads(files(__package__).joinpath("kernel.toml").read_text("utf-8"))
-    rows: dict[str, list[Named]] = {}
+    rows: dict[str, list[Any]] = {"pointwise": table["pointwise"].split()}
     for entry in table["meaning"]:
         for name in entry["operations"].split():
             rows.setdefault(name, []).append(entry)
-    return rows, frozenset(table["pointwise"].split())
+    return rows
 
 
 def name_of(target: Any) -> str:
@@ -120,20 +120,24 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 
 def reads(arguments: Named) -> dict[str, fx.Node]:
     """The node at every argument position: `weight`, or `tensors[1]`."""
-    flat = dict(arguments)
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)):
-            flat |= {f"{name}[{i}]": element for i, element in enumerate(value)}
-    return {name: value for name, value in flat.items() if isinstance(value, fx.Node)}
+    found, queue = {}, [*arguments.items()]
+    for name, value in queue:
+        value = [value.start, value.stop, value.step] if isinstance(value, slice) else value
+        value = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(value, dict):
+            queue += [(f"{name}[{key}]", element) for key, element in value.items()]
+        elif isinstance(value, fx.Node):
+            found[name] = value
+    return found
 
 
 def results(node: fx.Node) -> list[str]:
     """What each result is: "float", "integer" for a tensor of other numbers, "" for no tensor."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else [value]
-    floats = [isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values]
-    tensors = ["integer" if isinstance(v, Tensor) else "" for v in values]
-    return ["float" if f else kind for f, kind in zip(floats, tensors, strict=True)]
+    value, found = node.meta.get("val"), []
+    for v in value if isinstance(value, (tuple, list)) else [value]:
+        floats = isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
+        found.append("float" if floats else "integer" if isinstance(v, Tensor) else "")
+    return found
 
 
 _FACTOR = re.compile(r"([*/]?)\s*([A-Za-z_]\w*(?:\[\d+\])?|1)(\??)(?:\^([-\w./]+))?")
@@ -169,7 +173,7 @@ def _exponent(text: str, arguments: Named) -> Fraction:
     """The number that an exponent is; the fraction, of a rounded one."""
     value: Any = arguments.get(text, text)
     if isinstance(value, (fx.Node, torch.SymInt)):
-        raise Refused(f"the exponent {value} is no number that is known here")
+        raise Refused(f"{UNKNOWN} what number the exponent {value} is")
     near = Fraction(value).limit_denominator(24)
     return near if abs(near - Fraction(value)) < Fraction(1, 10**9) else Fraction(value)
 
@@ -194,7 +198,7 @@ class Proof:
                 raise Refused(f"{edit} is no edit of this graph")
             self._edits[edit["node"]].append(edit)
         self._moving: set[fx.Node] = set()
-        self._integers: set[fx.Node] = set()  # of the input, and what is made of these alone
+        self._integers: set[fx.Node] = set()  # of the input, and what is made of these and literals
         self._several: set[str] = set()  # whose results have degrees of their own
         for name, node in self.nodes.items():
             if name in claim["held"] or not self._moves(node):
@@ -210,18 +214,17 @@ class Proof:
 
     def _moves(self, node: fx.Node) -> bool:
         """Whether a value depends on the input; by a shape it does where values decide that."""
-        rows = meanings()[0].get(name_of(node.target), ())
+        rows = meanings().get(name_of(node.target), ())
         found = {a: n for a, n in reads(arguments_of(node)).items() if n in self._moving}
         behind = found.keys() - {row.get("shape") for row in rows}
         decided = bool(found) and bool(free_unbacked_symbols(node.meta.get("val")))
-        if not decided and not (any(results(node)) and (node.op == "placeholder" or behind)):
-            return False
-        self._moving.add(node)
-        floats = "float" in results(node)
-        of = node.all_input_nodes if floats else found.values()
-        if all(n in self._integers for n in of) and not (node.op == "placeholder" and floats):
+        floats, given = "float" in results(node), node.op == "placeholder"
+        moves = decided or (any(results(node)) and (given or bool(behind)))
+        of = node.all_input_nodes if floats or not moves else found.values()
+        if (node.op == "call_function" or (given and not floats)) and self._integers.issuperset(of):
             self._integers.add(node)
-        return True
+        self._moving |= {node} if moves else set()
+        return moves
 
     def _is_source(self, node: fx.Node) -> bool:
         """Whether attribution may end there: a float input, or what integers look up."""
@@ -238,18 +241,16 @@ class Proof:
         moving = {a: n for a, n in reads(arguments).items() if n in self._moving}
         row = self._meaning(node, own, arguments, moving)
         rules = row[own.get("edit", "rule")].split(";")
-        if rules == ["-"]:
-            return
         self._several |= {node.name} if len(rules) > 1 else set()
-        moving.pop(row.get("shape", ""), None)
-        operands = {a: self._read(node, a, n) for a, n in moving.items()}
+        lends = [*moving] if rules == ["-"] else [row.get("shape")]  # what carries nothing
+        operands = {a: self._read(node, a, n) for a, n in moving.items() if a not in lends}
         scale = edits.get("scale", {"factor": "1"})["factor"]
         carries = any(factor != "0" for _, factor in operands.values())
         for k, (result, rule) in enumerate(zip(results(node), rules, strict=False)):
             if result != "float" or rule.strip() == "-" or not carries:
                 continue
             terms, bias = monomials(rule, arguments, operands)
-            chosen = moving.keys() - {a for term in terms for a, _ in term}
+            chosen = operands.keys() - {a for term in terms for a, _ in term}
             by_floats = any(moving[a] not in self._integers for a in chosen)
             said = {
                 "is what is declared of it": row["class"] == "declared",
@@ -269,12 +270,12 @@ class Proof:
             return {"class": "region", edit: " + ".join([*moving, "1"])}
         if node.name in self.claim["declared"]:
             return {"class": "declared", edit: self.claim["declared"][node.name]}
-        for row in meanings()[0].get(name, ()):
+        for row in meanings().get(name, ()):
             fits = all(arguments.get(k) == v for k, v in row.get("where", {}).items())
             fits &= not any(arguments.get(k) == v for k, v in row.get("unless", {}).items())
             if fits and edit in row and {*row.get("moving", moving)} == {*moving}:
                 return row
-        raise Refused(f"kernel.toml does not say what {name} means as {node.name} calls it")
+        raise Refused(f"{UNKNOWN} what {name} means as {node.name} calls it")
 
     def _read(self, node: fx.Node, argument: str, read: fx.Node) -> list[str]:
         """What an operand reads, and the factor of its gradient there."""
@@ -285,14 +286,13 @@ class Proof:
             return [value, "0"]
         if value not in self.facts:
             raise Refused(f"{node.name} reads {read.name}, which is not followed")
-        return [value, here["scale"]["factor"] if "scale" in here else "1"]
+        return [value, here.get("scale", {"factor": "1"})["factor"]]
 
     def _outside(self, node: fx.Node, own: Named) -> dict[str, fx.Node]:
         """What a region reads; under a secant it has to be pointwise, of one value that moves."""
         inside = [n for n in self.nodes.values() if n.name in (*own["region"], node.name)]
         read = list(dict.fromkeys(n for m in inside for n in m.all_input_nodes if n not in inside))
-        tagged = {n for n in inside if torch.Tag.pointwise in getattr(n.target, "tags", ())}
-        pointwise = all(n in tagged or name_of(n.target) in meanings()[1] for n in inside)
+        pointwise = all(name_of(n.target) in meanings()["pointwise"] for n in inside)
         one = sum(n in self._moving for n in read) == 1
         if own["edit"] == "secant" and not (pointwise and one):
             raise Refused(f"the region of {node.name} is no pointwise function of one value")

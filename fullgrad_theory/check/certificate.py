@@ -20,10 +20,10 @@ from torch import fx
 from ..errors import CertificateError
 from ..files import write_whole
 from ..graph.computation import ComputationGraph
-from ..kernel import Fact, Proof, Refused, carry, complete, leaf, meanings
-from ..operators.calls import bind, target_name
+from ..kernel import UNKNOWN, Fact, Proof, Refused, carry, complete, leaf
+from ..operators.calls import target_name
 from ..operators.registry import lookup
-from ..operators.relations import Relation, exponent_names
+from ..operators.relations import Relation
 from ..plan.labelling import Degrees
 from ..plan.plan import Plan
 
@@ -154,8 +154,8 @@ def _consistent(certificate: Certificate) -> Fact:
                 raise Refused(
                     f"{value} is carried at {facts[value].degree}: {step['degree']} is said"
                 )
-        if not certificate.outputs or {*certificate.outputs} & {*certificate.claim["sources"]}:
-            raise Refused("an output has to be something else than a source")
+        if not certificate.outputs:
+            raise Refused("it has no output")
         return complete([facts[name] for name in certificate.outputs])
 
 
@@ -184,11 +184,19 @@ def follow(graph: ComputationGraph, plan: Plan | None, labels: Degrees) -> Proof
         "broken": {name: labels.facts[name][0].degree for name in labels.findings},
     }
     proof = Proof(graph.fx.graph, claim)
-    beyond = [n for n in proof.refused if n in labels.live.calls and _is_beyond(graph, labels, n)]
-    if not beyond:
+    fine = (n for n in proof.refused if n in labels.modes and n not in labels.findings)
+    known = [n for n in fine if _is_beyond(graph, labels, n, proof.refused[n])]
+    if not known:
         return proof
-    declared = {name: rule_of(labels.modes[name].outputs) for name in beyond}
+    declared = {name: rule_of(labels.modes[name].outputs) for name in known}
     return Proof(graph.fx.graph, claim | {"declared": declared})
+
+
+def _is_beyond(graph: ComputationGraph, labels: Degrees, name: str, why: str) -> bool:
+    """Whether the kernel cannot know what a call means: no line of kernel.toml fits it, or its size
+    makes it another function."""
+    record = labels.live.calls[name].operator
+    return why.startswith(UNKNOWN) or record is not lookup(target_name(graph.nodes[name].target))
 
 
 def rule_of(relations: Iterable[Relation]) -> str:
@@ -202,18 +210,6 @@ def _result_of(relation: Relation) -> str:
     terms = ["*".join(f"{a}^{p}" for a, p in term) or "1^0" for term in relation.terms]
     terms += [f"{a}?" for a in relation.ray]
     return " + ".join([*terms, *(["1"] if relation.domain not in (None, (0,)) else [])])
-
-
-def _is_beyond(graph: ComputationGraph, labels: Degrees, name: str) -> bool:
-    """Whether the kernel cannot know what a call means: kernel.toml does not name it, or the rule
-    depends on a size or on a parameter."""
-    node, record = graph.nodes[name], labels.live.calls[name].operator
-    if node.op != "call_function":
-        return False
-    operation, arguments = target_name(node.target), bind(node)
-    by_parameter = [arguments.get(n) for n in exponent_names(record.signature)]
-    depends = any(isinstance(value, fx.Node) for value in by_parameter)
-    return operation not in meanings()[0] or record is not lookup(operation) or depends
 
 
 def digest(graph: fx.Graph) -> str:

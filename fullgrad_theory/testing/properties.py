@@ -3,7 +3,8 @@
 (a) the balanced forward is the model's, bit for bit, in float64 and float32; (b) each verdict is
 that of an evaluation which shares nothing with the library (`independent`); (c) each edit is the
 backward of its frozen surrogate; (d) the residual is the same at every cut; (e) derivation is
-deterministic; (f) the model is untouched; (g) a plan survives its file.
+deterministic; (f) the model is untouched; (g) a plan survives its file; (h) what is complete has a
+certificate, which the kernel accepts from its file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..backward.balanced import Balanced, balance, rewrite
+from ..check.certificate import Certificate, verify
 from ..check.completeness import check_completeness
 from ..check.report import Report, Verdict
 from ..edits.base import Edit
@@ -33,7 +35,13 @@ from ..edits.integrating import Integrate
 from ..edits.pruning import Prune
 from ..edits.scaling import Scale
 from ..edits.secants import Secant
-from ..errors import NonFiniteError, NoPlanError, TraceError, UnregisteredOperationError
+from ..errors import (
+    CertificateError,
+    NonFiniteError,
+    NoPlanError,
+    TraceError,
+    UnregisteredOperationError,
+)
 from ..graph.computation import ComputationGraph
 from ..graph.tracing import trace
 from ..operators.algebra import Algebra
@@ -146,6 +154,8 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
             _same_degrees(labels, edited, tracker)
             _every_cut(balanced, labels, tracker, inputs)
         _file(graph, plan, balanced, inputs)
+        _certified(graph, report)
+        _certified(graph, mended)
     kind, reason = "complete" if report.complete else "mended", ""
     if plain.zero or report.complete is None:
         kind = "unjudged"
@@ -153,6 +163,21 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         reason = "the output is 0" if plain.zero else f"the library: {known}"
     edits = tuple(sorted(str(e).split(" ")[0] for e in plan.edits))
     return Outcome(kind, edits, reason, unwitnessed)
+
+
+# --------------------------------------------------------------------------- (h) the certificate
+
+
+def _certified(graph: ComputationGraph, report: Report) -> None:
+    """The kernel follows every complete verdict, from its certificate alone and from the graph."""
+    if not report.complete:
+        return
+    try:
+        certificate = Certificate.from_json(report.certificate().to_json())
+        verify(certificate)
+        verify(certificate, graph)
+    except CertificateError as error:
+        raise PropertyError("certificate", f"{report.policy or 'plain'}: {error}") from error
 
 
 # --------------------------------------------------------------------------- (b) the verdict
