@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,22 +82,27 @@ class Certificate:
             raise CertificateError(f"{source} holds no certificate ({said})") from error
 
 
-def certify(graph: ComputationGraph, plan: Plan | None, proof: Proof) -> Certificate:
-    """The certificate of a graph under a plan; raises `CertificateError` where the kernel does not
-    follow, and says where."""
+def certify(graph: ComputationGraph, policy: str | None, proof: Proof) -> Certificate:
+    """The certificate of what the kernel followed; raises `CertificateError` where that does not
+    reach the outputs, and says where it ends."""
     outputs = tuple(node.name for node in graph.outputs)
-    theorem = _concluded(proof, outputs)
+    with _refusing():
+        for name in outputs:
+            if name not in proof.facts:
+                raise Refused(proof.refused.get(name, f"nothing of the input reaches {name}"))
+        theorem = complete([proof.facts[name] for name in outputs])
     needed, steps = {*outputs}, []
     for value, step in reversed(proof.steps.items()):
         if value in needed and value in proof.facts:
             needed |= {read for read, factor in step["operands"].values() if factor != "0"}
             steps.append({**step, "degree": str(proof.facts[value].degree)})
+    claim = {name: value for name, value in proof.claim.items() if name != "broken"}
     return Certificate(
         graph.name,
-        plan.policy if plan else None,
+        policy,
         digest(graph.fx.graph),
-        _hash(str(edit) for edit in (plan or ())),
-        {name: value for name, value in proof.claim.items() if name != "broken"},
+        _hash(json.dumps(edit, sort_keys=True) for edit in claim["edits"]),
+        claim,
         outputs,
         tuple(reversed(steps)),
         tuple(sorted(theorem.supposing)),
@@ -106,26 +112,24 @@ def certify(graph: ComputationGraph, plan: Plan | None, proof: Proof) -> Certifi
 def verify(certificate: Certificate, graph: ComputationGraph | None = None) -> Fact:
     """The kernel's theorem; raises `CertificateError` where it has none, or another one.
 
-    Without a graph it is about any graph whose steps are those of the certificate; with one, every
-    step is derived again from that graph, and has to be the one that stands there.
+    Without a graph it is about any graph whose steps are those of the certificate; with one, the
+    certificate is made again from its claim and that graph, and has to be the same.
     """
     theorem = _consistent(certificate)
-    if graph is not None:
-        if certificate.outputs != tuple(node.name for node in graph.outputs):
-            raise CertificateError("it is about other outputs than those of this model")
-        if certificate.graph != digest(graph.fx.graph):
-            raise CertificateError(
-                f"it was made for another graph than that of {graph.name}: certify it again"
-            )
-        with _refusing():
-            proof = Proof(graph.fx.graph, {**certificate.claim, "broken": {}})
-        theorem = _concluded(proof, certificate.outputs)
-        for step in certificate.steps:
-            found = proof.steps.get(step["value"])
-            if found is None or {**found, "degree": step["degree"]} != step:
-                raise CertificateError(f"step {step['value']} is not what the graph has there")
-    if tuple(sorted(theorem.supposing)) != certificate.supposing:
-        raise CertificateError("it rests on something else than it says it is supposing")
+    if graph is None:
+        return theorem
+    if certificate.graph != digest(graph.fx.graph):
+        raise CertificateError(f"it is about another graph than that of {graph.name}")
+    with _refusing():
+        proof = Proof(graph.fx.graph, {**certificate.claim, "broken": {}})
+    made = certify(graph, certificate.policy, proof)
+    for field in ("outputs", "plan", "claim", "supposing"):
+        if getattr(made, field) != getattr(certificate, field):
+            raise CertificateError(f"its {field} is not what follows from its claim")
+    for ours, theirs in zip_longest(made.steps, certificate.steps):
+        if ours != theirs:
+            named = (ours or theirs)["value"]
+            raise CertificateError(f"at {named} it does not say what the graph has there")
     return theorem
 
 
@@ -156,15 +160,10 @@ def _consistent(certificate: Certificate) -> Fact:
                 )
         if not certificate.outputs:
             raise Refused("it has no output")
-        return complete([facts[name] for name in certificate.outputs])
-
-
-def _concluded(proof: Proof, outputs: Iterable[str]) -> Fact:
-    with _refusing():
-        for name in outputs:
-            if name not in proof.facts:
-                raise Refused(proof.refused.get(name, f"nothing of the input reaches {name}"))
-        return complete([proof.facts[name] for name in outputs])
+        theorem = complete([facts[name] for name in certificate.outputs])
+        if tuple(sorted(theorem.supposing)) != certificate.supposing:
+            raise Refused("it rests on something else than it says it is supposing")
+        return theorem
 
 
 # --------------------------------------------------------------------------- what the kernel gets

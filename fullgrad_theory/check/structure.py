@@ -62,7 +62,7 @@ class Structure:
 
     def certificate(self) -> Certificate:
         """Raises `CertificateError` where the kernel does not follow."""
-        return certify(self.unfolded, self.plan, self.proof)
+        return certify(self.unfolded, self.plan.policy if self.plan else None, self.proof)
 
     @property
     def edits(self) -> tuple[Edit, ...]:
