@@ -158,7 +158,7 @@ def monomials(rule: str, arguments: Named, operands: Named) -> tuple[list[list[A
             elif (value is None and not product) or (value == 0 and exponent > 0):
                 product = []
                 break
-            elif value is not None and not (where_live and operands[name][1] == "0"):
+            elif value is not None and not (where_live and operands.get(name, "00")[1] == "0"):
                 product.append([name, str(exponent)])
         is_sum = bool(product) and "[" in product[0][0] and not term.startswith("*")
         for one in [[factor] for factor in product] if is_sum else [product] * bool(product):
