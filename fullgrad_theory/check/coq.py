@@ -15,9 +15,10 @@ HEADER = """\
 (* {model} under {policy}: graph {graph}, plan {plan}.
    Every network that realises this certificate is complete: for every size, input and parameter. *)
 From Fullgrad Require Import Certificate.
+Local Open Scope Q_scope.
 """
 CLAIM = """\
-Theorem complete : forall P, realises certificate P -> all_complete certificate outputs P.
+Theorem complete : forall P, realises this P -> all_complete this outputs P.
 Proof. apply check_sound. vm_compute. reflexivity. Qed.
 Print Assumptions complete.
 """
@@ -49,7 +50,7 @@ def to_coq(certificate: Certificate) -> str:
         [
             head,
             *defined,
-            f"Definition certificate_ : certificate := {whole}.",
+            f"Definition this : certificate := {whole}.",
             f"Definition outputs : list positive := [{'; '.join(map(str, outputs))}]%positive.",
             CLAIM,
         ]
@@ -78,7 +79,7 @@ def _item(step: Mapping[str, Any], places: Mapping[str, int]) -> str:
     ]
     monomials = [
         "["
-        + "; ".join(f"({positions[a]}, {_number(p)})" for a, p in monomial if a in positions)
+        + "; ".join(f"({positions[a]}%nat, {_number(p)})" for a, p in monomial if a in positions)
         + "]"
         for monomial in step["monomials"]
     ]
