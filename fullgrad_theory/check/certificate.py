@@ -154,6 +154,8 @@ def _consistent(certificate: Certificate) -> Fact:
             if value in facts:
                 raise Refused(f"{value} stands there twice")
             facts[value] = carry(step, facts)
+            if not _fits(step):
+                raise Refused(f"{value} is said to be {kind_of(step)}, and does not grow so")
             if facts[value].degree != Fraction(step["degree"]):
                 raise Refused(
                     f"{value} is carried at {facts[value].degree}: {step['degree']} is said"
@@ -164,6 +166,33 @@ def _consistent(certificate: Certificate) -> Fact:
         if tuple(sorted(theorem.supposing)) != certificate.supposing:
             raise Refused("it rests on something else than it says it is supposing")
         return theorem
+
+
+OF_EDIT = {"secant": "Secant", "freeze": "Freeze", "integrate": "Integral"}
+OF_CLASS = {"attention": "Attention", "piecewise": "Piecewise", "declared": "Measured"}
+
+
+def kind_of(step: Mapping[str, Any]) -> str:
+    """What proofs/coq calls a step: by its edit, its class, or what its monomials are."""
+    powers = _powers(step)
+    if not powers:
+        return "Null"
+    if step["edit"] in OF_EDIT or step["class"] in OF_CLASS:
+        return OF_EDIT.get(step["edit"]) or OF_CLASS[step["class"]]
+    if all(one == [1] for one in powers):
+        return "Homogeneous" if step["class"] == "homogeneous" else "Linear"
+    whole = all(p > 0 and p.denominator == 1 for one in powers for p in one)
+    return "Product" if whole and all(powers) else "Homogeneous"
+
+
+def _fits(step: Mapping[str, Any]) -> bool:
+    """Whether a step grows as its kind does, see `kind_ok` in proofs/coq/Certificate.v."""
+    alone = kind_of(step) in ("Secant", "Attention", "Piecewise")
+    return not alone or _powers(step) == [[1]]
+
+
+def _powers(step: Mapping[str, Any]) -> list[list[Fraction]]:
+    return [[Fraction(p) for _, p in monomial] for monomial in step["monomials"]]
 
 
 # --------------------------------------------------------------------------- what the kernel gets

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from .certificate import Certificate
+from ..errors import CertificateError
+from .certificate import Certificate, kind_of
 
 HEADER = """\
 (* {model} under {policy}: graph {graph}, plan {plan}.
@@ -22,15 +23,15 @@ Theorem complete : forall P, realises this P -> all_complete this outputs P.
 Proof. apply check_sound. vm_compute. reflexivity. Qed.
 Print Assumptions complete.
 """
-KINDS = {"secant": "Secant", "freeze": "Freeze", "integrate": "Integral"}
-"""the kind of a step by its edit"""
-OF_CLASS = {"attention": "Attention", "piecewise": "Piecewise", "declared": "Measured"}
 CHUNK = 100
 """items in one definition, which Coq reads faster than a long one"""
 
 
 def to_coq(certificate: Certificate) -> str:
-    """The `.v` file whose theorem is the certificate's, for `coqc -Q proofs/coq Fullgrad`."""
+    """The `.v` file whose theorem is the certificate's, for `coqc -Q proofs/coq Fullgrad`.
+
+    Raises `CertificateError` where a step reads what is not before it.
+    """
     items = list(items_of(certificate))
     parts = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     places = places_of(certificate)
@@ -60,7 +61,10 @@ def to_coq(certificate: Certificate) -> str:
 def places_of(certificate: Certificate) -> dict[str, int]:
     """The place of every value among the items: the sources first."""
     names = [*certificate.claim["sources"], *(step["value"] for step in certificate.steps)]
-    return {name: place for place, name in enumerate(names)}
+    places = {name: place for place, name in enumerate(names)}
+    if len(places) < len(names) or not {*certificate.outputs} <= {*places}:
+        raise CertificateError("a value stands there twice, or an output not at all")
+    return places
 
 
 def items_of(certificate: Certificate) -> Iterator[str]:
@@ -73,34 +77,20 @@ def items_of(certificate: Certificate) -> Iterator[str]:
 
 def _item(step: Mapping[str, Any], places: Mapping[str, int]) -> str:
     here, positions = places[step["value"]], {a: i for i, a in enumerate(step["operands"])}
-    edges = [
-        f"Live {here - places[value]} {_number(factor)}" if Fraction(factor) else "Held"
-        for value, factor in step["operands"].values()
-    ]
+    edges = []
+    for value, factor in step["operands"].values():
+        back = here - places.get(value, here)
+        if Fraction(factor) and back < 1:
+            raise CertificateError(f"{step['value']} reads {value}, which is not before it")
+        edges.append(f"Live {back} {_number(factor)}" if Fraction(factor) else "Held")
     monomials = [
-        "["
-        + "; ".join(f"({positions[a]}%nat, {_number(p)})" for a, p in monomial if a in positions)
-        + "]"
+        "; ".join(f"({positions[a]}%nat, {_number(p)})" for a, p in monomial if a in positions)
         for monomial in step["monomials"]
     ]
-    return (
-        f"Op (Node {kind_of(step)} [{'; '.join(edges)}] [{'; '.join(monomials)}] "
-        f"{'true' if step['bias'] and monomials else 'false'} "
-        f"{_number(step['scale'])} {_number(step['degree'])})"
-    )
-
-
-def kind_of(step: Mapping[str, Any]) -> str:
-    """What Coq calls the class of a step: by its edit, its class, or what its monomials are."""
-    powers = [[Fraction(p) for _, p in monomial] for monomial in step["monomials"]]
-    if not powers:
-        return "Null"
-    if step["edit"] in KINDS or step["class"] in OF_CLASS:
-        return KINDS.get(step["edit"]) or OF_CLASS[step["class"]]
-    if all(one == [1] for one in powers):
-        return "Homogeneous" if step["class"] == "homogeneous" else "Linear"
-    whole = all(p > 0 and p.denominator == 1 for one in powers for p in one)
-    return "Product" if whole and all(powers) else "Homogeneous"
+    listed = "; ".join(f"[{monomial}]" for monomial in monomials)
+    constant = "true" if step["bias"] and monomials else "false"
+    numbers = f"{_number(step['scale'])} {_number(step['degree'])}"
+    return f"Op (Node {kind_of(step)} [{'; '.join(edges)}] [{listed}] {constant} {numbers})"
 
 
 def _number(text: str) -> str:
