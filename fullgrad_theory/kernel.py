@@ -3,10 +3,8 @@
 The judgement is *value v is carried at degree d*: of a cotangent c at v, d <c, v> arrives at the
 sources and bias leaves behind it. A `Fact` is that judgement, and only the rules below make one.
 Trusted besides: kernel.toml, which says what each operation means, and that the graph is the model.
-
 A step is one result of a call: `operands`, argument -> (value, factor of its gradient, 0 for none);
-`monomials`, exponents of operands; `bias`, whether constants are added; `scale`, what its own
-gradient is multiplied by; `supposing`, as below.
+`monomials`, exponents of operands; `bias`, whether constants are added; `scale` of its gradient.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Fact:
-    """`value`, a node's name with `#k` behind it for a further result, is carried at `degree`,
-    `supposing` what the sources are, and what is not known here and has to be true."""
+    """`value`, a node's name (`name#k` a further result), is carried at `degree`, `supposing` that
+    sources are such, and what is not known here and has to be true."""
 
     value: str
     degree: Fraction
@@ -102,10 +100,9 @@ def meanings() -> Mapping[str, Sequence[Any]]:
 
 def name_of(target: Any) -> str:
     """`aten.gelu.default` for an overload, the qualified name of a Python function."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", str(target))
-    return name if module in ("_operator", "builtins") else f"{module}.{name}"
+    named = name if module in ("_operator", "builtins") else f"{module}.{name}"
+    return str(target) if isinstance(target, torch._ops.OpOverload) else named
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
@@ -144,10 +141,8 @@ _FACTOR = re.compile(r"([*/]?)\s*([A-Za-z_]\w*(?:\[\d+\])?|1)(\??)(?:\^([-\w./]+
 
 
 def monomials(rule: str, arguments: Named, operands: Named) -> tuple[list[list[Any]], bool]:
-    """What a rule says of one call, and whether it adds a constant. What is left out, or is 0, adds
-    nothing; a list is a sum, `*list` a product."""
-    found: list[list[Any]] = []
-    bias = False
+    """A rule's products in one call, and if it adds constants; what is left out, or 0, is none."""
+    found, bias = list[list[Any]](), False
     for term in filter(None, map(str.strip, rule.split("+"))):
         product: list[list[Any]] = []
         for sign, name, where_live, power in _FACTOR.findall(term):
@@ -179,13 +174,9 @@ def _exponent(text: str, arguments: Named) -> Fraction:
 
 
 class Proof:
-    """Facts about the values of a graph under a claim: its `edits`, as the file of a plan has them;
-    `sources`; inputs that are `held`; `declared`, node -> a rule that is supposed of it; `broken`,
-    node -> the degree that is supposed of it.
-
-    A value with neither a fact nor a refusal carries nothing: it does not depend on the input, or
-    no gradient does.
-    """
+    """Facts about the values of a graph under a claim: `edits`, as the file of a plan has them;
+    `sources`; inputs that are `held`; and what is supposed of nodes, a rule where it is `declared`,
+    a degree where it is `broken`. What has neither a fact nor a refusal carries nothing."""
 
     def __init__(self, graph: fx.Graph, claim: Named) -> None:
         self.facts: dict[str, Fact] = {}
@@ -197,7 +188,7 @@ class Proof:
             if edit["edit"] not in EDITS or edit["node"] not in self.nodes:
                 raise Refused(f"{edit} is no edit of this graph")
             self._edits[edit["node"]].append(edit)
-        self._moving: set[fx.Node] = set()
+        self._moving, self._zeros = set[fx.Node](), set[fx.Node]()
         self._integers: set[fx.Node] = set()  # of the input, and what is made of these and literals
         self._several: set[str] = set()  # whose results have degrees of their own
         for name, node in self.nodes.items():
@@ -214,17 +205,25 @@ class Proof:
 
     def _moves(self, node: fx.Node) -> bool:
         """Whether a value depends on the input; by a shape it does where values decide that."""
-        rows = meanings().get(name_of(node.target), ())
+        row = next(iter(meanings().get(name_of(node.target), ())), {"class": "", "rule": ""})
         found = {a: n for a, n in reads(arguments_of(node)).items() if n in self._moving}
-        behind = found.keys() - {row.get("shape") for row in rows}
+        rule, ruled = row["rule"].split(";")[0], row["class"] in ("linear", "product")
+        none = ruled and monomials(rule, self._arguments(node), found) == ([], False)
+        if none or row["class"] == "zeros":
+            self._zeros.add(node)
+            return False
         decided = bool(found) and bool(free_unbacked_symbols(node.meta.get("val")))
         floats, given = "float" in results(node), node.op == "placeholder"
-        moves = decided or (any(results(node)) and (given or bool(behind)))
+        moves = decided or (any(results(node)) and (given or bool({*found} - {row.get("shape")})))
         of = node.all_input_nodes if floats or not moves else found.values()
         if (node.op == "call_function" or (given and not floats)) and self._integers.issuperset(of):
             self._integers.add(node)
         self._moving |= {node} if moves else set()
         return moves
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        given = arguments_of(node).items()  # what the model's code fills with zeros is the number
+        return {a: 0 if isinstance(v, fx.Node) and v in self._zeros else v for a, v in given}
 
     def _is_source(self, node: fx.Node) -> bool:
         """Whether attribution may end there: a float input, or what integers look up."""
@@ -237,7 +236,7 @@ class Proof:
         """What each result is of the operands, as they are seen under the edits."""
         edits = {e["edit"]: e for e in self._edits[node.name] if not e.get("argument")}
         own = next((edits[kind] for kind in EDITS[2:] if kind in edits), {})
-        arguments = self._outside(node, own) if own.get("region") else arguments_of(node)
+        arguments = self._outside(node, own) if own.get("region") else self._arguments(node)
         moving = {a: n for a, n in reads(arguments).items() if n in self._moving}
         row = self._meaning(node, own, arguments, moving)
         rules = row[own.get("edit", "rule")].split(";")
@@ -293,7 +292,8 @@ class Proof:
         inside = [n for n in self.nodes.values() if n.name in (*own["region"], node.name)]
         read = list(dict.fromkeys(n for m in inside for n in m.all_input_nodes if n not in inside))
         pointwise = all(name_of(n.target) in meanings()["pointwise"] for n in inside)
-        one = sum(n in self._moving for n in read) == 1
-        if own["edit"] == "secant" and not (pointwise and one):
+        if own["edit"] == "secant" and not (
+            pointwise and sum(n in self._moving for n in read) == 1
+        ):
             raise Refused(f"the region of {node.name} is no pointwise function of one value")
         return {f"arg{i}": n for i, n in enumerate(read, 2)}

@@ -100,7 +100,7 @@ CASES: dict[str, Case] = {
     "the largest": Case(lambda x: x.max(-1).values),
     "the largest, and where": Case(lambda x: x.max(-1).values + x.max(-1).indices.double()),
     "two statistics": Case(statistics),
-    "a shape is lent": Case(lambda x: B.expand_as(x) * x),
+    "a shape is lent": Case(lambda x: B.expand_as(x) + x),
     "ones are made": Case(lambda x: x * torch.ones_like(x)),
     "zeros are added": Case(lambda x: x * x / x.abs() + torch.zeros_like(x)),
     "a clamp": Case(lambda x: x.clamp(-1, 1)),
@@ -180,11 +180,11 @@ FAULTS: dict[str, tuple[str, str]] = {
     "a product is a list": (' and not term.startswith("*")', ""),
     "results mixed up": ('value = f"{read.name}#{among}" if among else', "value ="),
     "integers carry gradients": ('result != "float" or ', ""),
-    "a shape moves": ('found.keys() - {row.get("shape") for row in rows}', "found"),
+    "a shape moves": ('{*found} - {row.get("shape")}', "found"),
     "conditions overlooked": ("fits &= not any(", "fits |= any("),
     "any edit": ('if edit["edit"] not in EDITS', "if False"),
     "any source": ("self._is_source(node)", "True"),
-    "any region": ("if own[\"edit\"] == \"secant\" and not", "if False and not"),
+    "any region": ('if own["edit"] == "secant" and not', "if False and not"),
     "an edit means the plain rule": ("row[own.get(\"edit\", \"rule\")]", 'row["rule"]'),
     "what is refused carries nothing": (
         "(value not in self.facts and read.name not in self.refused)", "value not in self.facts"

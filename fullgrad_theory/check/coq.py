@@ -32,28 +32,31 @@ def to_coq(certificate: Certificate) -> str:
 
     Raises `CertificateError` where a step reads what is not before it.
     """
-    items = list(items_of(certificate))
-    parts = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    places = places_of(certificate)
-    outputs = [len(items) - places[name] for name in certificate.outputs]
     head = HEADER.format(
         model=_quiet(certificate.model),
         policy=_quiet(certificate.policy or "no edits"),
         graph=certificate.graph[:16],
         plan=certificate.plan[:16],
     )
-    defined = [
-        f"Definition part{k} : certificate := [\n  " + ";\n  ".join(part) + "]."
+    return f"{head}\n{definitions(certificate)}{CLAIM}"
+
+
+def definitions(certificate: Certificate, suffix: str = "") -> str:
+    """`this`, the certificate in Coq's language, and its `outputs`."""
+    items, places = list(items_of(certificate)), places_of(certificate)
+    parts = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+    lines = [
+        f"Definition part{k}{suffix} : certificate := [\n  " + ";\n  ".join(part) + "]."
         for k, part in enumerate(parts)
     ]
-    whole = " ++ ".join(f"part{k}" for k in range(len(parts)))
+    whole = " ++ ".join(f"part{k}{suffix}" for k in range(len(parts)))
+    outputs = "; ".join(str(len(items) - places[name]) for name in certificate.outputs)
     return "\n".join(
         [
-            head,
-            *defined,
-            f"Definition this : certificate := {whole}.",
-            f"Definition outputs : list positive := [{'; '.join(map(str, outputs))}]%positive.",
-            CLAIM,
+            *lines,
+            f"Definition this{suffix} : certificate := {whole}.",
+            f"Definition outputs{suffix} : list positive := [{outputs}]%positive.",
+            "",
         ]
     )
 
