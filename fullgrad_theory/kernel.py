@@ -174,9 +174,8 @@ def _exponent(text: str, arguments: Named) -> Fraction:
 
 
 class Proof:
-    """Facts about the values of a graph under a claim: `edits`, as the file of a plan has them;
-    `sources`; inputs that are `held`; and what is supposed of nodes, a rule where it is `declared`,
-    a degree where it is `broken`. What has neither a fact nor a refusal carries nothing."""
+    """Facts about values under a claim: `edits` as the file of a plan has them, `sources`, `held`
+    inputs, a rule `declared` of a node, a degree of one `broken`. All others carry nothing."""
 
     def __init__(self, graph: fx.Graph, claim: Named) -> None:
         self.facts: dict[str, Fact] = {}
@@ -190,7 +189,7 @@ class Proof:
             self._edits[edit["node"]].append(edit)
         self._moving, self._zeros = set[fx.Node](), set[fx.Node]()
         self._integers: set[fx.Node] = set()  # of the input, and what is made of these and literals
-        self._several: set[str] = set()  # whose results have degrees of their own
+        self._rules: dict[str, list[str]] = {}  # of every result, or of all alike
         for name, node in self.nodes.items():
             if name in claim["held"] or not self._moves(node):
                 continue
@@ -240,7 +239,7 @@ class Proof:
         moving = {a: n for a, n in reads(arguments).items() if n in self._moving}
         row = self._meaning(node, own, arguments, moving)
         rules = row[own.get("edit", "rule")].split(";")
-        self._several |= {node.name} if len(rules) > 1 else set()
+        self._rules[node.name] = rules
         lends = [*moving] if rules == ["-"] else [row.get("shape")]  # what carries nothing
         operands = {a: self._read(node, a, n) for a, n in moving.items() if a not in lends}
         scale = edits.get("scale", {"factor": "1"})["factor"]
@@ -278,10 +277,12 @@ class Proof:
 
     def _read(self, node: fx.Node, argument: str, read: fx.Node) -> list[str]:
         """What an operand reads, and the factor of its gradient there."""
-        among = node.target is operator.getitem and read.name in self._several and node.args[1]
-        value = f"{read.name}#{among}" if among else read.name
+        rules, kinds = self._rules.get(read.name, [""]), results(read)
+        k: Any = node.args[1] if node.target is operator.getitem and len(kinds) > 1 else 0
+        value = f"{read.name}#{k}" if k and len(rules) > 1 else read.name
+        stops = kinds[k] != "float" or rules[min(k, len(rules) - 1)].strip() == "-"
         here = {e["edit"]: e for e in self._edits[node.name] if e.get("argument") == argument}
-        if "prune" in here or (value not in self.facts and read.name not in self.refused):
+        if "prune" in here or stops or not (value in self.facts or read.name in self.refused):
             return [value, "0"]
         if value not in self.facts:
             raise Refused(f"{node.name} reads {read.name}, which is not followed")
@@ -292,8 +293,7 @@ class Proof:
         inside = [n for n in self.nodes.values() if n.name in (*own["region"], node.name)]
         read = list(dict.fromkeys(n for m in inside for n in m.all_input_nodes if n not in inside))
         pointwise = all(name_of(n.target) in meanings()["pointwise"] for n in inside)
-        if own["edit"] == "secant" and not (
-            pointwise and sum(n in self._moving for n in read) == 1
-        ):
+        one = pointwise and sum(n in self._moving for n in read) == 1
+        if own["edit"] == "secant" and not one:
             raise Refused(f"the region of {node.name} is no pointwise function of one value")
         return {f"arg{i}": n for i, n in enumerate(read, 2)}

@@ -84,6 +84,7 @@ CASES: dict[str, Case] = {
     "an activation for a gate": Case(lambda x: x * gelu(x)),
     "a square": Case(lambda x: x**2 / x.abs().sum(-1, keepdim=True)),
     "what is rounded is added": Case(lambda x: x + x.to(torch.int64).double()),
+    "1/sigma of a norm": Case(lambda x: x * torch.native_layer_norm(x, (5,), None, None, 0.1)[2]),
     "layer norm": Case(lambda x: layer_norm(x, (5,), B, B)),
     "layer norm mended": Case(lambda x: layer_norm(x, (5,), B, B), "libra"),
     "a quotient of degree 1": Case(lambda x: x * x.flip(-1) / x.abs().sum(-1, keepdim=True)),
@@ -178,16 +179,16 @@ FAULTS: dict[str, tuple[str, str]] = {
         "is_sum = False",
     ),
     "a product is a list": (' and not term.startswith("*")', ""),
-    "results mixed up": ('value = f"{read.name}#{among}" if among else', "value ="),
-    "integers carry gradients": ('result != "float" or ', ""),
+    "results mixed up": ('f"{read.name}#{k}" if k and len(rules) > 1 else', ""),
     "a shape moves": ('{*found} - {row.get("shape")}', "found"),
     "conditions overlooked": ("fits &= not any(", "fits |= any("),
+    "results without a gradient": (' or rules[min(k, len(rules) - 1)].strip() == "-"', ""),
     "any edit": ('if edit["edit"] not in EDITS', "if False"),
     "any source": ("self._is_source(node)", "True"),
     "any region": ('if own["edit"] == "secant" and not', "if False and not"),
     "an edit means the plain rule": ("row[own.get(\"edit\", \"rule\")]", 'row["rule"]'),
     "what is refused carries nothing": (
-        "(value not in self.facts and read.name not in self.refused)", "value not in self.facts"
+        "not (value in self.facts or read.name in self.refused)", "value not in self.facts"
     ),
     "constants are overlooked": ("bias |= not held", "pass"),
 }  # fmt: skip

@@ -614,7 +614,10 @@ def _transposed(
     operands it reaches, and whether J^T c is anything but 0."""
     # of no symmetry: ones are orthogonal to all that a softmax does
     order = torch.arange(1, output.numel() + 1, dtype=torch.float64).reshape(output.shape)
-    cotangent = torch.cos(order).to(output.dtype).requires_grad_()
+    cotangent = torch.cos(order)
+    if output.is_complex():  # else what enters as an imaginary part has a slope of 0
+        cotangent = torch.complex(cotangent, torch.sin(2 * order + 1))
+    cotangent = cotangent.to(output.dtype).requires_grad_()
     try:
         grads = torch.autograd.grad(
             output, leaves, cotangent, create_graph=True, allow_unused=True, retain_graph=True
