@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_certificates import mutated
 from torch import Tensor, nn
 
 import fullgrad_theory as fgt
 from fullgrad_theory.check.certificate import Certificate, verify
 from fullgrad_theory.check.coq import HEADER, definitions, to_coq
 from fullgrad_theory.errors import CertificateError
+from fullgrad_theory.testing.mutations import mutated
 
 FOLDER = Path(__file__).parent / "coq"
 pytestmark = [
@@ -149,7 +149,7 @@ def test_the_kernel_and_coq_agree_on_a_thousand_changed_certificates(built: Path
     graph = fgt.trace(Small().eval(), torch.randn(2, 3, 4))
     certificate = fgt.check_completeness(graph, policy="libra", numeric=False).certificate()
     outside = ("supposing", "claimed_edit", "held")
-    texts, kernel_says, kinds = [], [], Counter[str]()
+    texts, kernel_says, kinds = list[str](), list[bool](), Counter[str]()
     for kind, data in mutated(certificate, 1300):
         if kind in outside or len(texts) == 1000:
             continue

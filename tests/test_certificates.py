@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from fullgrad_theory.check.structure import structure_of
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.errors import CertificateError
 from fullgrad_theory.plan.states import State
+from fullgrad_theory.testing.mutations import mutated
 from fullgrad_theory.testing.strategies import random_architecture
 
 KERNEL = Path(kernel.__file__)
@@ -84,6 +85,15 @@ def test_a_complete_model_has_a_certificate(
     assert loaded.to_json() == certificate.to_json()
     assert verify(loaded, graph) == theorem
     assert verify(loaded).value == theorem.value  # by its steps alone
+
+
+def test_the_schema_is_that_of_the_file(certificate: Certificate) -> None:
+    schema = json.loads((Path(__file__).parents[1] / "docs/certificate.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.validate(json.loads(certificate.to_json()))
+    spoiled = json.loads(certificate.to_json())
+    spoiled["steps"][0]["degree"] = 1.0
+    assert not validator.is_valid(spoiled)
 
 
 def test_the_same_model_gives_the_same_file(certificate: Certificate) -> None:
@@ -157,79 +167,6 @@ def test_the_kernel_stands_alone() -> None:
             assert "fullgrad_theory" not in (node.module or "")
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         assert not any("fullgrad_theory" in name for name in names)
-
-
-def changes(data: Any, rng: random.Random) -> str:
-    """One change of a certificate, in place: its kind, "" where there was nothing to change."""
-    step = rng.choice(data["steps"])
-    kind = rng.choice(
-        "degree edge class operation edit missing swapped factor bias monomial scale source output "
-        "order claimed_edit supposing held".split()
-    )
-    operands = step["operands"]
-    some = rng.choice([*operands]) if operands else ""
-    if kind == "degree":
-        step["degree"] = rng.choice([d for d in ("0", "1", "2", "1/2") if d != step["degree"]])
-    elif kind == "edge":
-        values = [s["value"] for s in data["steps"]] + data["claim"]["sources"]
-        operands[some][0] = rng.choice([v for v in values if v != operands[some][0]])
-    elif kind == "class":
-        step["class"] = rng.choice([c for c in ("linear", "norm", "smooth") if c != step["class"]])
-    elif kind == "operation":
-        step["operation"] += "_"
-    elif kind == "edit":
-        step["edit"] = rng.choice([e for e in ("", "freeze", "secant") if e != step["edit"]])
-    elif kind == "missing":
-        data["steps"].remove(step)
-    elif kind == "swapped" and len(operands) > 1:
-        other = rng.choice([a for a in operands if a != some])
-        if operands[some] == operands[other]:
-            return ""
-        operands[some], operands[other] = operands[other], operands[some]
-    elif kind == "factor":
-        operands[some][1] = rng.choice(
-            [f for f in ("0", "1", "1/2", "-1") if f != operands[some][1]]
-        )
-    elif kind == "bias":
-        step["bias"] = not step["bias"]
-    elif kind == "monomial" and step["monomials"]:
-        step["monomials"].remove(rng.choice(step["monomials"]))
-    elif kind == "scale":
-        step["scale"] = rng.choice([f for f in ("1", "2", "1/2", "-1") if f != step["scale"]])
-    elif kind == "source":
-        data["claim"]["sources"] = rng.choice([[], [step["value"]], ["nobody"]])
-    elif kind == "output":
-        data["outputs"] = [rng.choice([s["value"] for s in data["steps"][:-1]])]
-    elif kind == "order":
-        index = data["steps"].index(step)
-        other = rng.randrange(len(data["steps"]))
-        if other == index:
-            return ""
-        data["steps"].insert(other, data["steps"].pop(index))
-    elif kind == "claimed_edit" and data["claim"]["edits"]:
-        edit = rng.choice(data["claim"]["edits"])
-        if rng.random() < 0.5:
-            data["claim"]["edits"].remove(edit)
-        else:
-            edit["edit"] = rng.choice([e for e in (*kernel.EDITS, "double") if e != edit["edit"]])
-    elif kind == "supposing":
-        data["supposing"] = [*data["supposing"], "nothing"]
-    elif kind == "held":
-        data["claim"]["held"] = [*data["claim"]["sources"]]
-    else:
-        return ""
-    return kind
-
-
-def mutated(certificate: Certificate, count: int, seed: int = 0) -> Iterator[tuple[str, Any]]:
-    """Certificates with one change each, as data."""
-    rng = random.Random(seed)
-    while count:
-        data = json.loads(certificate.to_json())
-        kind = changes(data, rng)
-        if kind:
-            count -= 1
-            yield kind, data
 
 
 def test_no_changed_certificate_is_accepted(
