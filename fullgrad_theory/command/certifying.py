@@ -12,7 +12,7 @@ from ..check.completeness import check_completeness
 from ..check.coq import to_coq
 from ..errors import CertificateError
 from ..files import write_whole
-from ..plan.measuring import graph_of
+from ..graph.tracing import trace
 from .checking import Asked
 from .making import Chosen, create, inputs_of
 from .options import Unknown
@@ -64,7 +64,7 @@ def check_certificate(file: Path, chosen: Chosen | None, traceback: bool, asked:
         if chosen is not None:
             model = create(chosen, otherwise="meta")
             given = inputs_of(model, chosen)
-            graph = graph_of(model, given, (), "measure", *asked.keywords.values())
+            graph = trace(model, given, **asked.keywords)
         try:
             verify(certificate, graph)
         except CertificateError as error:
