@@ -197,7 +197,7 @@ class Proof:
                 for step in self._steps(node) if node.op == "call_function" else ():
                     self.steps[step["value"]] = step
                     self.facts[step["value"]] = carry(step, self.facts)
-            except Refused as error:
+            except Exception as error:  # noqa: BLE001  what cannot be read is not followed
                 self.refused[name] = str(error)
             if name in claim["broken"] or (name in claim["sources"] and self._is_source(node)):
                 self.facts[name] = leaf(name, claim["broken"].get(name))

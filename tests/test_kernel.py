@@ -94,6 +94,9 @@ CASES: dict[str, Case] = {
     ),
     "a frozen value added": Case(lambda x: x + (x > 0).double()),
     "a frozen factor": Case(lambda x: x * (x > 0).double()),
+    "a number read off a value": Case(  # which the judge takes for a literal
+        lambda x: x + 5 * x.abs().max().item(), lie=lambda claim: None
+    ),
     "what is detached is added": Case(lambda x: x + (x * x).detach()),
     "a list": Case(lambda x: torch.cat([x, 2 * x], -1)),
     "a list of two degrees": Case(lambda x: torch.cat([x, x * x], -1)),
@@ -219,6 +222,13 @@ def test_a_planted_fault_is_caught(fault: str) -> None:
 
 def test_enough_faults() -> None:
     assert len(FAULTS) >= 20
+
+
+def test_what_it_cannot_read_it_does_not_follow() -> None:
+    graph = fgt.trace(lambda x: x.abs() ** float("inf") + x, X)
+    claim = {"edits": [], "sources": ["x"], "held": [], "declared": {}, "broken": {}}
+    proof = kernel.Proof(graph.fx.graph, claim)
+    assert graph.outputs[0].name in proof.refused
 
 
 def test_a_model_of_integers_ends_at_its_embedding() -> None:
