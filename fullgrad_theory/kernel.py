@@ -206,17 +206,17 @@ class Proof:
         """Whether a value depends on the input; by a shape it does where values decide that."""
         row = next(iter(meanings().get(name_of(node.target), ())), {"class": "", "rule": ""})
         found = {a: n for a, n in reads(arguments_of(node)).items() if n in self._moving}
-        rule, ruled = row["rule"].split(";")[0], row["class"] in ("linear", "product")
-        none = ruled and monomials(rule, self._arguments(node), found) == ([], False)
-        if none or row["class"] == "zeros":
+        rule = row["rule"].split(";")[0] if row["class"] in ("linear", "product") else "1"
+        if row["class"] == "zeros" or monomials(rule, self._arguments(node), found) == ([], False):
             self._zeros.add(node)
+            self._integers.add(node)
             return False
         decided = bool(found) and bool(free_unbacked_symbols(node.meta.get("val")))
         floats, given = "float" in results(node), node.op == "placeholder"
         moves = decided or (any(results(node)) and (given or bool({*found} - {row.get("shape")})))
         of = node.all_input_nodes if floats or not moves else found.values()
         if (node.op == "call_function" or (given and not floats)) and self._integers.issuperset(of):
-            self._integers.add(node)
+            self._integers |= {node}
         self._moving |= {node} if moves else set()
         return moves
 
