@@ -129,8 +129,8 @@ def reads(arguments: Named) -> dict[str, fx.Node]:
 
 
 def results(node: fx.Node) -> list[str]:
-    """What each result is: "float", "integer" for a tensor of other numbers, "" for no tensor."""
-    value, found = node.meta.get("val"), []
+    """Each result: "float", also of what is not known, "integer" for other tensors, "" for none."""
+    value, found = node.meta.get("val", torch.empty(0)), []
     for v in value if isinstance(value, (tuple, list)) else [value]:
         floats = isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
         found.append("float" if floats else "integer" if isinstance(v, Tensor) else "")
@@ -149,7 +149,7 @@ def monomials(rule: str, arguments: Named, operands: Named) -> tuple[list[list[A
             exponent = _exponent(power or "1", arguments) * (-1 if sign == "/" else 1)
             value = 1 if name == "1" or name in operands else arguments.get(name)
             if isinstance(value, (list, tuple)):
-                product += [[f"{name}[{i}]", str(exponent)] for i in range(len(value))]
+                product += [[f"{name}[{i}]", str(exponent)] for i, v in enumerate(value) if v != 0]
             elif (value is None and not product) or (value == 0 and exponent > 0):
                 product = []
                 break
@@ -182,16 +182,17 @@ class Proof:
         self.steps: dict[str, Named] = {}
         self.refused: dict[str, str] = {}
         self.claim, self.nodes = claim, {node.name: node for node in graph.nodes}
-        self._edits: dict[str, list[Named]] = {name: [] for name in self.nodes}
+        self._edits: dict[tuple[str, str, str], Named] = {}
         for edit in claim["edits"]:
-            if edit["edit"] not in EDITS or edit["node"] not in self.nodes:
-                raise Refused(f"{edit} is no edit of this graph")
-            self._edits[edit["node"]].append(edit)
-        self._moving, self._zeros = set[fx.Node](), set[fx.Node]()
-        self._integers: set[fx.Node] = set()  # of the input, and what is made of these and literals
+            kind = "own" if edit["edit"] in EDITS[2:] else edit["edit"]
+            place = (edit["node"], edit.get("argument") or "", kind)
+            if edit["edit"] not in EDITS or place[0] not in self.nodes or place in self._edits:
+                raise Refused(f"{edit} is no edit of this graph, or one of two at one place")
+            self._edits[place] = edit
+        self._moving, self._zeros, self._integers = set[fx.Node](), set[fx.Node](), set[fx.Node]()
         self._rules: dict[str, list[str]] = {}  # of every result, or of all alike
         for name, node in self.nodes.items():
-            if name in claim["held"] or not self._moves(node):
+            if (node.op == "placeholder" and name in claim["held"]) or not self._moves(node):
                 continue
             try:
                 for step in self._steps(node) if node.op == "call_function" else ():
@@ -221,8 +222,8 @@ class Proof:
         return moves
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
-        given = arguments_of(node).items()  # what the model's code fills with zeros is the number
-        return {a: 0 if isinstance(v, fx.Node) and v in self._zeros else v for a, v in given}
+        """As `arguments_of`; what the model's code fills with zeros is the number."""
+        return dict(fx.map_arg(arguments_of(node), lambda n: 0 if n in self._zeros else n))
 
     def _is_source(self, node: fx.Node) -> bool:
         """Whether attribution may end there: a float input, or what integers look up."""
@@ -233,8 +234,7 @@ class Proof:
 
     def _steps(self, node: fx.Node) -> Iterator[Named]:
         """What each result is of the operands, as they are seen under the edits."""
-        edits = {e["edit"]: e for e in self._edits[node.name] if not e.get("argument")}
-        own = next((edits[kind] for kind in EDITS[2:] if kind in edits), {})
+        own = self._edits.get((node.name, "", "own"), {})
         arguments = self._outside(node, own) if own.get("region") else self._arguments(node)
         moving = {a: n for a, n in reads(arguments).items() if n in self._moving}
         row = self._meaning(node, own, arguments, moving)
@@ -242,24 +242,24 @@ class Proof:
         self._rules[node.name] = rules
         lends = [*moving] if rules == ["-"] else [row.get("shape")]  # what carries nothing
         operands = {a: self._read(node, a, n) for a, n in moving.items() if a not in lends}
-        scale = edits.get("scale", {"factor": "1"})["factor"]
+        scale = self._edits.get((node.name, "", "scale"), {"factor": "1"})["factor"]
         carries = any(factor != "0" for _, factor in operands.values())
         for k, (result, rule) in enumerate(zip(results(node), rules, strict=False)):
             if result != "float" or rule.strip() == "-" or not carries:
                 continue
             terms, bias = monomials(rule, arguments, operands)
             chosen = operands.keys() - {a for term in terms for a, _ in term}
-            by_floats = any(moving[a] not in self._integers for a in chosen)
+            selects = row["class"] == "linear" and row.get("selects", bias + len(terms) > 1)
             said = {
                 "is what is declared of it": row["class"] == "declared",
                 "is integrated along a ray": own.get("edit") == "integrate",
-                "does not jump": row["class"] == "linear" and by_floats and bias + len(terms) > 1,
+                "does not jump": selects and not self._integers.issuperset(map(moving.get, chosen)),
             }
             value = f"{node.name}#{k}" if k else node.name
             made = {"value": value, "operation": name_of(node.target), "class": row["class"]}
             made |= {"edit": own.get("edit", ""), "operands": operands, "monomials": terms}
-            supposing = [f"{value} {words}" for words, so in said.items() if so]
-            yield made | {"bias": bias, "scale": scale, "supposing": supposing}
+            made |= {"supposing": [f"{value} {words}" for words, so in said.items() if so]}
+            yield made | {"bias": bias, "scale": scale}
 
     def _meaning(self, node: fx.Node, own: Named, arguments: Named, moving: Named) -> Named:
         """The entry of kernel.toml that a call has, under an edit of its own."""
@@ -281,12 +281,12 @@ class Proof:
         k: Any = node.args[1] if node.target is operator.getitem and len(kinds) > 1 else 0
         value = f"{read.name}#{k}" if k and len(rules) > 1 else read.name
         stops = kinds[k] != "float" or rules[min(k, len(rules) - 1)].strip() == "-"
-        here = {e["edit"]: e for e in self._edits[node.name] if e.get("argument") == argument}
-        if "prune" in here or stops or not (value in self.facts or read.name in self.refused):
+        pruned, known = (node.name, argument, "prune") in self._edits, value in self.facts
+        if pruned or stops or not (known or read.name in self.refused):
             return [value, "0"]
         if value not in self.facts:
             raise Refused(f"{node.name} reads {read.name}, which is not followed")
-        return [value, here.get("scale", {"factor": "1"})["factor"]]
+        return [value, self._edits.get((node.name, argument, "scale"), {"factor": "1"})["factor"]]
 
     def _outside(self, node: fx.Node, own: Named) -> dict[str, fx.Node]:
         """What a region reads; under a secant it has to be pointwise, of one value that moves."""

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 
 import fullgrad_theory as fgt
 from fullgrad_theory import kernel
+from fullgrad_theory.check import words
 from fullgrad_theory.check.certificate import Certificate, digest, verify
+from fullgrad_theory.check.report import Verdict
 from fullgrad_theory.check.structure import structure_of
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.errors import CertificateError
@@ -271,10 +273,38 @@ def test_certify_and_verify(tmp_path: Path) -> None:
 
 def test_certify_plain_says_why_not(tmp_path: Path) -> None:
     target = f"{__file__}:Block"
-    made = run("certify", target, "--input", "2,5,8", "--plain", "-o", tmp_path / "b.json")
+    made = run(
+        "certify", target, "--input", "2,5,8", "--policy", "plain", "-o", tmp_path / "b.json"
+    )
     assert made.exit_code == 1
     assert "violated" in made.output
     assert not (tmp_path / "b.json").exists()
+
+
+class Chooses(nn.Module):
+    """Choosing is linear where it does not jump, which the kernel cannot see."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 1, torch.ones_like(x), x)
+
+
+def test_what_is_supposed_stands_in_the_headline(tmp_path: Path) -> None:
+    target, shape = f"{__file__}:Chooses", ("--input", "2,5")
+    made = run("certify", target, *shape, "--policy", "plain", "-o", tmp_path / "b.json")
+    assert made.exit_code == 0, made.output
+    assert "PROVED" not in made.output
+    assert "SUPPOSING" in run("verify", tmp_path / "b.json").output
+
+
+def test_another_degree_in_the_kernel_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = kernel.meanings() | {"aten.relu.default": [{"class": "homogeneous", "rule": "self^2"}]}
+    monkeypatch.setattr(kernel, "meanings", lambda: said)
+    report = fgt.check_completeness(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
+    assert report.complete is None
+    assert report.exit_code == 2
+    assert [n.reason for n in report.nodes if n.verdict is Verdict.UNKNOWN] == [
+        words.KERNEL_DISAGREES
+    ]
 
 
 def test_a_digest_is_of_the_graph_alone(graph: fgt.ComputationGraph) -> None:

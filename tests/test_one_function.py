@@ -92,6 +92,10 @@ def test_is_complete(name: str) -> None:
     assert report.complete is True, str(report)
 
 
+def both(x: Tensor) -> Tensor:
+    return torch.stack([x, x + 5])
+
+
 OPAQUE: dict[str, Function] = {
     "a number read off a value": lambda x: x + 5 * x.abs().max().item(),
     "a count": lambda x: x + (x > 0).nonzero().shape[0],
@@ -133,6 +137,28 @@ OPAQUE: dict[str, Function] = {
     "a remainder of the other sign": lambda x: torch.fmod(x, 1.0),
     "a remainder spelled": lambda x: x - x.floor(),
     "a lookup": lambda x: x + torch.arange(5.0)[x.argmax(-1)][:, None],
+    "a step by gather": lambda x: both(x).gather(0, (x > 0).long()[None])[0],
+    "a step by an index": lambda x: both(x)[(x.sum() > 0).long()],
+    "a step by places": lambda x: both(x)[
+        (x > 0).long(), torch.arange(2)[:, None], torch.arange(5)
+    ],
+    "a step by a mask": lambda x: both(x)[torch.stack([x <= 0, x > 0])].sum(),
+    "a step by numbered places": lambda x: both(x).take(
+        (x > 0).long() * 10 + torch.arange(10).view(2, 5)
+    ),
+    "a step by places along": lambda x: both(x).take_along_dim((x > 0).long()[None], 0)[0],
+    "a step by rows": lambda x: torch.cat([x, x + 5]).index_select(0, (x[:, 0] > 0).long() * 2),
+    "a step by a table": lambda x: F.embedding((x > 0).long(), both(x[0])),
+    "a step by a bag": lambda x: F.embedding_bag((x > 0).long(), both(x[0])),
+    "a step by a number": lambda x: both(x)[(x.sum() > 0).long().item()],
+    "a step by a part": lambda x: torch.cat([x, x + 5]).narrow(
+        0, 2 * (x.sum() > 0).long().item(), 2
+    ),
+    "a step to a constant by gather": lambda x: torch.stack([x, torch.full((2, 5), 5.0)]).gather(
+        0, (x > 0).long()[None]
+    )[0],
+    "a step into what is padded": lambda x: F.pad(x, (1, 1), value=3.0)[:, (x.sum(0) > 0).long()],
+    "a step between two layers": lambda x: torch.stack([W(x), V(x)])[(x.sum() > 0).long()],
 }
 
 
@@ -141,6 +167,23 @@ def test_hides_what_the_input_decides(name: str) -> None:
     report = fgt.check_completeness(OPAQUE[name], X, beside=())
     assert report.complete is False, str(report)
     assert any(n.verdict is Verdict.OPAQUE for n in report.nodes), str(report)
+
+
+PICKS: dict[str, Function] = {
+    "among multiples": lambda x: torch.stack([x, 2 * x]).gather(0, (x > 0).long()[None])[0],
+    "a value or zero": lambda x: torch.stack([x, torch.zeros(2, 5)])[(x.sum() > 0).long()],
+    "rows of one layer": lambda x: W(x).gather(1, x.topk(2, 1).indices),
+    "layers behind their gates": lambda x: (
+        torch.stack([W(x), V(x)]) * torch.stack([x > 0, x <= 0])
+    ).sum(0),
+    "a cat of zeros": lambda x: torch.cat([x * x.abs(), torch.zeros(2, 5)]).sum(0) / x.abs().sum(0),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_a_choice_among_products_is_a_product(name: str) -> None:
+    report = fgt.check_completeness(PICKS[name], X, beside=())
+    assert report.complete is True, str(report)
 
 
 def test_an_input_of_integers_selects_nothing_that_is_attributed() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.text import Text
@@ -20,26 +19,19 @@ from .page import error_line, judging, show
 from .writing import withdraw
 
 
-@dataclass(frozen=True)
-class Proofs:
-    """Where a certificate is written, and its theorem for Coq."""
-
-    out: Path
-    coq: Path | None = None
-
-
 def certify(
     chosen: Chosen,
-    policy: str | None,
+    policy: str,
     unknown: Unknown,
-    files: Proofs,
+    out: Path,
+    coq: Path | None,
     traceback: bool,
     asked: Asked,
 ) -> int:
     """Judge by structure, write the certificate; the exit code of the verdict."""
     with judging(traceback=traceback):
-        withdraw(files.out)
-        withdraw(files.coq)
+        withdraw(out)
+        withdraw(coq)
         model = create(chosen, otherwise="meta")
         given = inputs_of(model, chosen)
         report = check_completeness(
@@ -49,9 +41,9 @@ def certify(
             show(Text(str(report)))
             return report.exit_code
         certificate = report.certificate()
-        certificate.save(files.out)
-        if files.coq is not None:
-            write_whole(files.coq, to_coq(certificate))
+        certificate.save(out)
+        if coq is not None:
+            write_whole(coq, to_coq(certificate))
     show(Text(said(certificate)))
     return 0
 
@@ -83,8 +75,9 @@ def said(certificate: Certificate) -> str:
     ]
     under = f"under {certificate.policy}" if certificate.policy else "as it is"
     named = ", ".join(certificate.outputs)
+    holds = "HOLDS, SUPPOSING what stands below" if besides else "PROVED"
     lines = [
-        f"PROVED: {named} of {certificate.model} is the sum of what its gradient {under} gives "
+        f"{holds}: {named} of {certificate.model} is the sum of what its gradient {under} gives "
         f"{', '.join(sources)} and the bias leaves, for every input and every parameter.",
         f"{len(certificate.steps)} steps, {len(certificate.claim['edits'])} edits.",
     ]

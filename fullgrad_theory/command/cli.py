@@ -136,11 +136,8 @@ def certify(
     ],
     inputs: Inputs = None,
     policy: Annotated[
-        str | None, typer.Option(callback=fits_policy, help="The policy whose edits are proved.")
+        str, typer.Option(callback=fits_policy, help="The policy whose edits are proved.")
     ] = "libra",
-    plain: Annotated[
-        bool, typer.Option("--plain", help="The gradient as it is, without edits.")
-    ] = False,
     coq: Annotated[
         Path | None,
         typer.Option(callback=writable, help="Write the theorem for Coq there, a .v file."),
@@ -157,9 +154,7 @@ def certify(
 
     chosen = making.Chosen(name, inputs, device=device)
     asked = checking.Asked(output, constant, explain)
-    files = certifying.Proofs(out, coq)
-    policy = None if plain else policy
-    code = certifying.certify(chosen, policy, unknown, files, traceback, asked)
+    code = certifying.certify(chosen, policy, unknown, out, coq, traceback, asked)
     raise typer.Exit(code)
 
 

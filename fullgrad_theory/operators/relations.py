@@ -132,7 +132,7 @@ def _term(text: str, call: Call) -> list[list[tuple[str, Fraction]] | None]:
         if elements and match["op"] == "*":
             product += [(o.name, Fraction(1)) for o in elements]
         elif elements:
-            spread += [[(o.name, Fraction(1))] for o in elements]
+            spread += [[(o.name, Fraction(1))] for o in elements if o.literal != 0.0]
         elif name not in by_name:
             if call.arguments.get(name) is None and match.start() == 0:
                 return []  # an optional argument left out: the whole term is absent

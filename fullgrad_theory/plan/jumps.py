@@ -47,12 +47,30 @@ def _jumps(walk: Walk, name: str, call: Call) -> bool:
     if all(n is not None and n.name in walk.ids for n in said):
         return False
     sides = [{leaf for n, _ in t for leaf in _leaves(walk, call.node(n))} for t in relation.terms]
+    if said and len(relation.terms) == 1:  # a lookup: among what its operand is joined of
+        sides = _joined(walk, [call.node(n) for n, _ in relation.terms[0]])
     if not constant_monomials(call) and all(side == sides[0] for side in sides):
         return False
     at = (walk.graph, walk.graph.nodes[name], walk.moves, walk.constants)
     region = region_at(*at)
     ways = choices_at(*at) if region is None else iter([(region,)])
     return not any(all(map(is_continuous, way)) for way in ways)
+
+
+def _joined(walk: Walk, values: list[fx.Node | None]) -> list[set[str]]:
+    """The leaves behind each of the values that some are put together of, side by side."""
+    queue, sides = [*values], list[set[str]]()
+    for node in filter(None, queue):
+        call = walk.calls.get(node.name)
+        joins = call is not None and call.operator.algebra is Algebra.STRUCTURAL
+        relations = polynomial(call.operator.signature, call) if call and joins else None
+        if call is None or relations is None or node.name in walk.sources:
+            sides.append(_leaves(walk, node))
+            continue
+        sides += [{node.name}] if constant_monomials(call) else []
+        read = [call.node(name) for term in relations[0].terms for name, _ in term]
+        queue += [n for n in read if n not in queue]
+    return sides
 
 
 def _leaves(walk: Walk, value: fx.Node | None) -> set[str]:
