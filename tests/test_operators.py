@@ -447,6 +447,14 @@ def test_norm_without_eps_has_the_degree_of_its_live_weight() -> None:
     assert relation.domain == (0, 1)
 
 
+@pytest.mark.parametrize("eps", [1e-5, -1e-3])
+def test_a_norm_with_eps_of_either_sign_needs_its_input_at_degree_0(eps: float) -> None:
+    x, w = torch.ones(2, 3), torch.ones(3)
+    sample = Sample((x, [3], w, None, eps), {}, ("input", "weight"))
+    (relation,) = degree_of("aten.layer_norm.default", sample)
+    assert relation.zero == ("input",)
+
+
 def test_norm_without_eps_is_no_constant_beside_a_live_bias() -> None:
     x, w = torch.ones(2, 3), torch.ones(3)
     sample = Sample((x, [3], w, w, 0.0), {}, ("input", "bias"))

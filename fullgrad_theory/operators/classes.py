@@ -82,7 +82,7 @@ def _normaliser(op: Operator, call: Call) -> tuple[Mode, ...]:
         weighted = any(o.name in weights for o in call.operands)
         return (Mode(None, frozen),) if weighted else (_none(call), Mode("freeze", frozen))
     eps = call.arguments.get(op.eps, 1.0)
-    if eps is None or eps > 0:
+    if eps != 0:  # None: the least that the dtype knows
         plain = tuple(replace(r, zero=(*r.zero, op.normalised)) for r in plain)
     return Mode(None, plain), Mode("freeze", frozen)
 
