@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +39,7 @@ FIGURES = (
     "completeness", "faithfulness", "sizes", "mixers", "ablation", "discrimination",
     "heatmaps-methods", "heatmaps-models", "text",
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
 BETTER, WORSE = 1, -1
 
 
@@ -327,6 +333,42 @@ def test_what_was_measured_is_not_measured_again(
     setup = replace(SMALL, models=("eva2",))
     command.run(setup, tmp_path, cache, ["ablation"], say=lambda text: None)
     assert (tmp_path / "ablation.csv").read_text() == (out / "ablation.csv").read_text()
+
+
+MEASURING = """
+from dataclasses import replace
+from pathlib import Path
+from experiments.paper import run
+from experiments.paper.setup import SMALL
+
+setup = replace(SMALL, models=("eva2",))
+run.run(setup, Path({out!r}), Path({cache!r}), ["ablation"], say=lambda text: None)
+"""
+
+
+def test_killed_and_resumed_the_table_is_the_same(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed after something was measured; byte for byte."""
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        """Of the models that are trained, with nothing measured."""
+        out, cache = tmp_path / name, tmp_path / f"{name}-cache"
+        if not cache.exists():
+            shutil.copytree(made[1], cache, ignore=shutil.ignore_patterns("rows-*"))
+        code = MEASURING.format(out=str(out), cache=str(cache))
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    assert start("whole").wait() == 0
+    process = start("killed")
+    cache = tmp_path / "killed-cache"
+    while process.poll() is None and not any(cache.glob("rows-*/**/*.json")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "ablation.csv").exists()
+    assert start("killed").wait() == 0
+    whole, resumed = (tmp_path / name / "ablation.csv" for name in ("whole", "killed"))
+    assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_a_name_that_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
