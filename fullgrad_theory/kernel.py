@@ -249,11 +249,11 @@ class Proof:
                 continue
             terms, bias = monomials(rule, arguments, operands)
             chosen = operands.keys() - {a for term in terms for a, _ in term}
-            selects = row["class"] == "linear" and row.get("selects", bias + len(terms) > 1)
+            picks = row["class"] == "linear" and ("+" not in rule or bias + len(terms) > 1)
             said = {
                 "is what is declared of it": row["class"] == "declared",
                 "is integrated along a ray": own.get("edit") == "integrate",
-                "does not jump": selects and not self._integers.issuperset(map(moving.get, chosen)),
+                "does not jump": picks and not self._integers.issuperset(map(moving.get, chosen)),
             }
             value = f"{node.name}#{k}" if k else node.name
             made = {"value": value, "operation": name_of(node.target), "class": row["class"]}
@@ -264,7 +264,7 @@ class Proof:
     def _meaning(self, node: fx.Node, own: Named, arguments: Named, moving: Named) -> Named:
         """The entry of kernel.toml that a call has, under an edit of its own."""
         edit, name = own.get("edit", "rule"), name_of(node.target)
-        if own.get("region"):
+        if own.get("region") and edit != "freeze":
             return {"class": "region", edit: " + ".join([*moving, "1"])}
         if node.name in self.claim["declared"]:
             return {"class": "declared", edit: self.claim["declared"][node.name]}

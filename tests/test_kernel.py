@@ -119,6 +119,9 @@ CASES: dict[str, Case] = {
         lie=edit("secant", "mul", region=["softmax"], origin=0.0),
     ),
     "a freeze of no norm": Case(lambda x: x.softmax(-1), lie=edit("freeze", "softmax")),
+    "a region held linear": Case(
+        lambda x: x.exp().sin(), lie=edit("freeze", "sin", region=["exp"])
+    ),
     "a secant of two values": Case(
         lambda x: x * x.flip(-1), lie=edit("secant", "mul", region=[], origin=0.0)
     ),
@@ -204,10 +207,11 @@ FAULTS: dict[str, tuple[str, str]] = {
     "conditions overlooked": ("fits &= not any(", "fits |= any("),
     "results without a gradient": (' or rules[min(k, len(rules) - 1)].strip() == "-"', ""),
     "any edit": ('if edit["edit"] not in EDITS', "if False"),
+    "a region held linear": (' and edit != "freeze"', ""),
     "the last of two edits": (" or place in self._edits", ""),
     "anything is held": ('node.op == "placeholder" and name in claim', "name in claim"),
     "zeros in a list are constants": (" if v != 0]", "]"),
-    "whatever picks is continuous": ("selects and not", "False and not"),
+    "whatever picks is continuous": ("picks and not", "False and not"),
     "any source": ("self._is_source(node)", "True"),
     "any region": ('if own["edit"] == "secant" and not', "if False and not"),
     "an edit means the plain rule": ("row[own.get(\"edit\", \"rule\")]", 'row["rule"]'),
