@@ -176,6 +176,8 @@ PICKS: dict[str, Function] = {
     "layers behind their gates": lambda x: (
         torch.stack([W(x), V(x)]) * torch.stack([x > 0, x <= 0])
     ).sum(0),
+    "parts or zero": lambda x: both(x).masked_fill(torch.stack([x, x]) > 0, 0.0),
+    "parts or zero by where": lambda x: torch.where(torch.stack([x, x]) > 0, both(x), 0.0),
     "a cat of zeros": lambda x: torch.cat([x * x.abs(), torch.zeros(2, 5)]).sum(0) / x.abs().sum(0),
 }
 
