@@ -188,6 +188,16 @@ def test_a_choice_among_products_is_a_product(name: str) -> None:
     assert report.complete is True, str(report)
 
 
+def test_a_constant_that_is_looked_at_where_the_input_says() -> None:
+    picture = torch.randn(1, 1, 4, 4)
+    report = fgt.check_completeness(
+        lambda x: F.grid_sample(picture, x.sign().view(1, 5, 1, 2), align_corners=False),
+        torch.randn(2, 5),
+        beside=(),
+    )
+    assert report.complete is False
+
+
 def test_an_input_of_integers_selects_nothing_that_is_attributed() -> None:
     """A padding mask is fixed where attribution starts, at the embedding."""
     table = nn.Embedding(10, 5).eval()
