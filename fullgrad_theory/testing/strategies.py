@@ -311,6 +311,7 @@ _EXACT = {
     "aten.masked_scatter.default": "how much it reads depends on how much of a mask is true",
     "aten.as_strided.default": "it reads memory",
     "aten.scaled_dot_product_attention.default": "its backward does not check shapes, and crashes",
+    "aten._native_batch_norm_legit_no_training.default": "it reads past operands too short for it",
     "aten.lstm.input": "its float32 kernel does not check shapes",
     "aten.gru.input": "its float32 kernel does not check shapes",
 }
@@ -362,8 +363,6 @@ class _Builder:
             if made.grad_fn is not None and "NotImplemented" in made.grad_fn.name():
                 raise _Refused("torch has no derivative of it")
         _sane(value, lookup(target))
-        if "empty" not in target and not _repeats(value, overload(target), given, named):
-            raise _Refused("it reads memory that it was not given")
         self.statements.append(statement)
         self.values.append(value)
         return Value(len(self.values) - 1)
@@ -740,13 +739,6 @@ def _sane(value: Any, found: Any) -> None:
             raise _Refused("a value is not finite, or too large")
         if tensor.requires_grad and not bool((size > 1e-9).any()):
             raise _Refused("a live value is zero: any degree fits it")
-
-
-def _repeats(value: Any, function: Any, given: Any, named: Any) -> bool:
-    """Whether a call of copies gives the same bits: what reads past its operands does not."""
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (given, named))
-    pairs = zip(_outputs_of(value), _outputs_of(function(*args, **kwargs)), strict=True)
-    return all(torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in pairs)
 
 
 @cache
