@@ -3,8 +3,8 @@
 A ball is a midpoint and a radius that surely contains the number (Arb, by python-flint). The exact
 meanings of symbolic.py are evaluated in balls one call at a time, forward: of each value v its
 tangent, the edited Jacobians applied to sources and bias leaves. Completeness says that the
-output's tangent is the output. No gradient is taken, and no rounding goes unaccounted for. What is
-compared is compared at the middles: a statement is about one region of a piecewise function.
+output's tangent is the output. No gradient is taken, and no rounding goes unaccounted for.
+Comparisons are decided at the middles: a statement is about one region of a piecewise function.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from fullgrad_theory.check.structure import Structure
 from fullgrad_theory.operators.algebra import Algebra
 from fullgrad_theory.operators.calls import bind, target_name
 from fullgrad_theory.testing.sample_calls import Sample
-from proofs.symbolic import Array, Region, bound_arguments, from_torch, meaning, rational
+from proofs.symbolic import (
+    Array,
+    Region,
+    as_array,
+    bound_arguments,
+    from_torch,
+    meaning,
+    rational,
+)
 
 ctx.prec = 128
 ZERO, ONE = arb(0), arb(1)
@@ -134,12 +142,8 @@ class Balls:
     def of(value: Tensor, spread: float, moves: bool = False) -> Balls:
         """What lies within `spread` of a tensor's numbers, of 1; their own tangents if moving."""
         flat = [arb(x, abs(x) * spread) for x in value.detach().double().ravel().tolist()]
-        values = _shaped(flat, value.shape)
-        return Balls(values, values if moves else _shaped([ZERO] * len(flat), value.shape))
-
-
-def _shaped(flat: list[Any], shape: Iterable[int]) -> Array:
-    return np.array([*flat, None], dtype=object)[:-1].reshape(tuple(shape))
+        values = as_array(flat, value.shape)
+        return Balls(values, values if moves else as_array([ZERO] * len(flat), value.shape))
 
 
 class _Arguments:
@@ -152,7 +156,7 @@ class _Arguments:
     def symbols(self, given: Balls, factor: arb) -> Array:
         pairs = zip(given.values.ravel(), given.tangents.ravel(), strict=True)
         made = [self.symbol(Dual(value, factor * tangent)) for value, tangent in pairs]
-        return _shaped(made, given.values.shape)
+        return as_array(made, given.values.shape)
 
     def symbol(self, given: Dual) -> sp.Symbol:
         middle = float(given.value.mid())
@@ -332,7 +336,7 @@ def _results(reading: _Reading, name: str, bound: Mapping[str, Any]) -> list[Bal
         shape = np.shape(output)
         made.append(
             Balls(
-                _shaped([d.value for d in flat], shape), _shaped([d.tangent for d in flat], shape)
+                as_array([d.value for d in flat], shape), as_array([d.tangent for d in flat], shape)
             )
         )
     return made

@@ -42,12 +42,6 @@ COQ = {
     "singular": "frozen_complete",
 }
 """class -> the lemma about it in coq/Operations.v, or Integrals.v"""
-NUMBERS = frozenset(
-    "add and_ eq floordiv ge getitem gt le lt mod mul ne neg or_ pow sub truediv".split()
-)
-"""Python's own, on numbers and on tuples"""
-OURS = "fullgrad_theory.operators.steps.with_bits_of"
-"""of the first operand's gradient and of the second one's bits, which is how it is written"""
 
 
 def in_balls(name: str) -> bool:

@@ -149,7 +149,7 @@ def _linear(name: str) -> Meaning:
             return [np.asarray(t.resolve_conj().resolve_neg().numpy()) for t in outputs], shape
 
         origin, shape = apply(None)
-        totals = [_array([rational(e.item()) for e in o.ravel()], o.shape) for o in origin]
+        totals = [as_array([rational(e.item()) for e in o.ravel()], o.shape) for o in origin]
         for spot in spots:
             element = flats[spot[0]][spot[1]]
             part = sp.sympify(element)
@@ -204,14 +204,14 @@ def _selected(name: str) -> Meaning:
         def find(tensor: Tensor) -> Array:
             if not tensor.is_floating_point():
                 return tensor.numpy()
-            return _array([place[v] for v in tensor.ravel().tolist()], tensor.shape)
+            return as_array([place[v] for v in tensor.ravel().tolist()], tensor.shape)
 
         return pytree.tree_map_only(Tensor, find, result)
 
     return meaning
 
 
-def _array(elements: Iterable[Any], shape: Sequence[int]) -> Array:
+def as_array(elements: Iterable[Any], shape: Sequence[int]) -> Array:
     flat = np.array([*elements, None], dtype=object)[:-1]
     return flat.reshape(tuple(shape))
 
@@ -223,7 +223,7 @@ def _each(function: Callable[..., Any]) -> Meaning:
     def meaning(at: Region, **arguments: Any) -> Array:
         self = np.asarray(next(iter(arguments.values())), dtype=object)
         apply = (lambda u: function(u, at)) if compares else function
-        return _array([apply(sp.sympify(u)) for u in self.ravel()], self.shape)
+        return as_array([apply(sp.sympify(u)) for u in self.ravel()], self.shape)
 
     return meaning
 
@@ -231,7 +231,7 @@ def _each(function: Callable[..., Any]) -> Meaning:
 def _map(function: Callable[..., Any], *arrays: Any) -> Array:
     """`function` over broadcast arrays, element by element."""
     wide = np.broadcast_arrays(*(np.asarray(a, dtype=object) for a in arrays))
-    return _array(
+    return as_array(
         (function(*e) for e in zip(*(w.ravel() for w in wide), strict=True)), wide[0].shape
     )
 
@@ -883,7 +883,7 @@ class _Symbols:
         if not (value.is_floating_point() or value.is_complex()):
             return value.numpy()
         flat = value.resolve_conj().reshape(-1).tolist()
-        return _array([self.make(operand, number) for number in flat], value.shape)
+        return as_array([self.make(operand, number) for number in flat], value.shape)
 
 
 def _symbols(bound: Mapping[str, Any], seen: Call) -> _Symbols:

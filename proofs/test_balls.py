@@ -15,10 +15,9 @@ from torch.nn import functional as F
 import fullgrad_theory as fgt
 from fullgrad_theory.check.structure import Structure, structure_of
 from fullgrad_theory.operators import Algebra, registered
-from fullgrad_theory.testing.sample_calls import Sample, samples
+from fullgrad_theory.testing.sample_calls import Sample, overload, samples
 from fullgrad_theory.testing.strategies import random_architecture
 from proofs.balls import Account, account, enclosed, off
-from proofs.symbolic import overload
 
 BOUND = 1e-12
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -23,12 +23,7 @@ def test_the_page_is_what_is_found() -> None:
 
 def test_nothing_rests_on_one_kind_alone() -> None:
     thin = {name for name, classes in found().items() for said in classes.values() if len(said) < 2}
-    assert thin <= evidence.NUMBERS | {evidence.OURS} | ALONE.keys(), thin
-
-
-ALONE = {
-    "aten.as_strided.default": "it reads memory, not values",
-}
+    assert not {name for name in thin if name.startswith("aten.")}  # Python's own are on numbers
 
 
 @pytest.mark.parametrize("kind", evidence.COQ)

@@ -296,6 +296,19 @@ def test_what_is_supposed_stands_in_the_headline(tmp_path: Path) -> None:
     assert "SUPPOSING" in run("verify", tmp_path / "b.json").output
 
 
+@pytest.mark.parametrize(("field", "said"), [("held", "only an input"), ("sources", "cannot end")])
+def test_what_a_claim_names_besides_is_refused(
+    graph: fgt.ComputationGraph, field: str, said: str
+) -> None:
+    """It would change no step, and stand in the sentence that people read."""
+    made = fgt.check_completeness(graph, policy="libra").certificate()
+    steps = {step["value"] for step in made.steps}
+    inner = next(n for n in graph.nodes if n.startswith("getitem") and n not in steps)  # pruned
+    changed = replace(made, claim={**made.claim, field: [*made.claim[field], inner]})
+    with pytest.raises(CertificateError, match=said):
+        verify(changed, graph)
+
+
 def test_another_degree_in_the_kernel_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     said = kernel.meanings() | {"aten.relu.default": [{"class": "homogeneous", "rule": "self^2"}]}
     monkeypatch.setattr(kernel, "meanings", lambda: said)

@@ -120,8 +120,14 @@ def verify(certificate: Certificate, graph: ComputationGraph | None = None) -> F
         return theorem
     if certificate.graph != digest(graph.fx.graph):
         raise CertificateError(f"it is about another graph than that of {graph.name}")
+    inputs = {node.name for node in graph.placeholders}
     with _refusing():
+        if wrong := {*certificate.claim["held"]} - inputs:
+            raise Refused(f"only an input is held constant, and not {', '.join(sorted(wrong))}")
         proof = Proof(graph.fx.graph, {**certificate.claim, "broken": {}})
+        ends = {n for n, fact in proof.facts.items() if f"{n} is a source" in fact.supposing}
+        if wrong := {*certificate.claim["sources"]} - ends:
+            raise Refused(f"attribution cannot end at {', '.join(sorted(wrong))}")
     made = certify(graph, certificate.policy, proof)
     for field in ("outputs", "plan", "claim", "supposing"):
         if getattr(made, field) != getattr(certificate, field):

@@ -69,10 +69,9 @@ def check_certificate(file: Path, chosen: Chosen | None, traceback: bool, asked:
 
 def said(certificate: Certificate) -> str:
     """The theorem of a certificate in a sentence, and what it rests on."""
-    sources = certificate.claim["sources"]
-    besides = [
-        one for one in certificate.supposing if one not in {f"{s} is a source" for s in sources}
-    ]
+    is_source = " is a source"
+    sources = [s.removesuffix(is_source) for s in certificate.supposing if s.endswith(is_source)]
+    besides = [s for s in certificate.supposing if not s.endswith(is_source)]
     under = f"under {certificate.policy}" if certificate.policy else "as it is"
     named = ", ".join(certificate.outputs)
     holds = "HOLDS, SUPPOSING what stands below" if besides else "PROVED"

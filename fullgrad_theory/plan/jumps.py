@@ -47,7 +47,7 @@ def _jumps(walk: Walk, name: str, call: Call) -> bool:
     if all(n is not None and n.name in walk.ids for n in said):
         return False
     sides = [{leaf for n, _ in t for leaf in _leaves(walk, call.node(n))} for t in relation.terms]
-    if said and "+" not in call.operator.signature:  # a lookup, among what its operand is joined of
+    if "+" not in call.operator.signature:  # a lookup, among what its operand is joined of
         sides = _joined(walk, [call.node(n) for t in relation.terms for n, _ in t])
     if not constant_monomials(call) and all(side == sides[0] for side in sides):
         return False
