@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fullgrad_theory as fgt
-from fullgrad_theory.attribution import METHODS, Explainer, Map, Method, explain
+from fullgrad_theory.attribution import METHODS, Explainer, Map, Method, explain, mean_along_ray
 from fullgrad_theory.attribution import explainer as explainers
 from fullgrad_theory.errors import InputError, UnknownNameError
 
 GRADIENT = [name for name, method in METHODS.items() if method.function is not None]
-ATTENTION = ["attcat", "genatt", "tokentm", "legrad", "raw-attention", "rollout"]
+LAST_ATTENTION = ["raw-attention", "attention-gradient", "attention-x-gradient"]
+ATTENTION = ["attcat", "genatt", "tokentm", "legrad", "gradsam", "rollout", *LAST_ATTENTION]
 
 
 def shaken(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -66,6 +67,7 @@ class Slow:
     inputs: list[Tensor] = field(default_factory=list)
     middles: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    before: int = 0  # how many of the biases are before the first block
 
     def bias(self, value: Tensor, shape: torch.Size, tokens: bool = True) -> Tensor:
         leaf = value.detach().expand(shape).clone().requires_grad_()
@@ -118,6 +120,7 @@ class Slow:
         leaves = [self.bias(t, torch.Size((batch, *t.shape[1:])), False) for t in prefix]
         x = torch.cat([*leaves, x], 1)
         x = x + self.bias(m.pos_embed, x.shape)
+        self.before = len(self.biases)
         for block in m.blocks:
             x = self.block(block, x)
         return self.head(x)
@@ -146,13 +149,14 @@ class Reference:
     def pixel_products(self) -> Tensor:
         return (self.image * self.grad(self.image)[0]).detach()
 
-    def bias_products(self) -> tuple[Tensor, Tensor]:
-        """Per token (B, n), patches last; and the sum of them all (B,)."""
-        leaves = [leaf for leaf, _ in self.slow.biases]
+    def bias_products(self, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Per token (B, n), patches last; and the sum of them all (B,); from the first-th on."""
+        biases = self.slow.biases[first:]
+        leaves = [leaf for leaf, _ in biases]
         n = self.slow.inputs[0].shape[1]
         tokens = torch.zeros(len(self.target), n, dtype=self.image.dtype)
         total = torch.zeros(len(self.target), dtype=self.image.dtype)
-        for (leaf, placed), g in zip(self.slow.biases, self.grad(*leaves), strict=True):
+        for (leaf, placed), g in zip(biases, self.grad(*leaves), strict=True):
             product = (leaf * g).detach()
             total += product.flatten(1).sum(1)
             if placed:
@@ -188,7 +192,28 @@ class Reference:
         return pixels + self.grid(self.bias_products()[0])
 
     def fullgrad_plus(self) -> Tensor:
-        return self.grid(sum(self.products(self.slow.inputs)) + self.bias_products()[0])
+        later = self.bias_products(self.slow.before)[0]
+        return self.grid(sum(self.products(self.slow.inputs)) + later)
+
+    def hirescam_plus(self) -> Tensor:
+        return self.grid(sum(self.products(self.slow.inputs)))
+
+    def mixed(self, channels: Callable[[Tensor], Tensor]) -> Tensor:
+        """Channels of h dL/dh mixed one token after the other."""
+        total = torch.zeros(self.slow.inputs[0].shape[:2], dtype=self.image.dtype)
+        for h, g in zip(self.slow.inputs, self.grad(*self.slow.inputs), strict=True):
+            for i, sample in enumerate((h * g).detach()):
+                total[i] += torch.stack([channels(token) for token in sample])
+        return self.grid(total)
+
+    def l1_hirescam_plus(self) -> Tensor:
+        return self.mixed(lambda token: torch.linalg.vector_norm(token, 1))
+
+    def l2_hirescam_plus(self) -> Tensor:
+        return self.mixed(lambda token: torch.linalg.vector_norm(token, 2))
+
+    def relu_hirescam_plus(self) -> Tensor:
+        return self.mixed(lambda token: token[token > 0].sum())
 
     def gradcam_plus(self) -> Tensor:
         found = zip(self.slow.inputs, self.grad(*self.slow.inputs), strict=True)
@@ -201,6 +226,30 @@ class Reference:
             total = total + torch.einsum("bnc,bc->bn", h, (share * g).sum(1))
         return self.grid(total)
 
+    def signed_xgradcam_plus(self) -> Tensor:
+        """Fu et al. 2020, equation 7: w_k = sum_ij (F_ij^k / sum_ij F^k) dS/dF_ij^k."""
+        total = 0
+        for h, g in zip(self.slow.inputs, self.grad(*self.slow.inputs), strict=True):
+            share = h / h.sum(1, keepdim=True)
+            total = total + torch.einsum("bnc,bc->bn", h, (share * g).sum(1))
+        return self.grid(total)
+
+    def gradcam_plus_plus(self) -> Tensor:
+        """Chattopadhay et al. 2018, equations 5 and 19 with Y = exp(S); no ReLU at the end."""
+        h = self.slow.inputs[-1]
+        g = self.grad(h)[0]
+        found = torch.zeros(h.shape[:2], dtype=h.dtype)
+        for b in range(h.shape[0]):
+            for k in range(h.shape[2]):
+                a, d = h[b, :, k], g[b, :, k]
+                weight = 0.0
+                for i in range(len(a)):
+                    if d[i] > 0:
+                        alpha = d[i] ** 2 / (2 * d[i] ** 2 + a.sum() * d[i] ** 3)
+                        weight = weight + alpha * d[i]
+                found[b] += weight * a.detach()
+        return self.grid(found)
+
     def attcat(self) -> Tensor:
         products = self.products(self.slow.outputs)
         pairs = zip(self.slow.attention, products, strict=True)
@@ -208,6 +257,19 @@ class Reference:
 
     def raw_attention(self) -> Tensor:
         return self.grid(self.relevance([self.slow.attention[-1].mean(1)]))
+
+    def gradsam(self) -> Tensor:
+        """Barkan et al. 2021: the mean over layers, heads and queries of A ReLU(dL/dA)."""
+        pairs = zip(self.slow.attention, self.grad(*self.slow.attention), strict=True)
+        parts = [head for a, g in pairs for head in (a * g * (g > 0)).unbind(1)]
+        return self.grid(torch.stack(parts).mean((0, 2)))
+
+    def attention_gradient(self) -> Tensor:
+        return self.grid(self.relevance([self.grad(self.slow.attention[-1])[0].mean(1)]))
+
+    def attention_x_gradient(self) -> Tensor:
+        a = self.slow.attention[-1]
+        return self.grid(self.relevance([(a * self.grad(a)[0]).mean(1)]))
 
     def rollout(self) -> Tensor:
         eye = torch.eye(self.slow.attention[0].shape[-1], dtype=self.image.dtype)
@@ -498,7 +560,7 @@ def test_every_architecture(name: str) -> None:
         rows, columns = one.values.shape[1:]
         if method == "input-x-gradient":
             assert (rows, columns) == size
-        elif method in ("hirescam", "legrad", "raw-attention"):  # the last stage alone
+        elif method in ("hirescam", "gradcam++", "legrad", *LAST_ATTENTION):  # the last stage alone
             assert rows <= grid[0] and columns <= grid[1]
         else:
             assert (rows, columns) == grid
@@ -640,7 +702,7 @@ def test_all_gradient_methods_share_one_forward_and_one_backward() -> None:
     model, x = vit(reg_tokens=1).eval(), images(2, 3, 32, 48, dtype=torch.float32)
     explainer = Explainer(model, x, "libra")
     with Counting() as counted:
-        assert len(explainer(x, GRADIENT, 1)) == len(GRADIENT) == 13
+        assert len(explainer(x, GRADIENT, 1)) == len(GRADIENT) == 22
     assert (counted.forward, counted.backward) == (1, 1)
     with Counting() as counted:
         explainer(x, "random")
@@ -676,6 +738,28 @@ def test_integrated_gradients_by_quadrature_by_hand() -> None:
     assert (found.error < 1e-6).all()
     rough = explain(model.bfloat16(), x.bfloat16(), "smoothgrad")  # captum's noise is float32
     assert rough.values.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_methods_mean_along_the_ray_by_hand() -> None:
+    """h_a dL/dh_a at the first block, by a hook on the model, and A dL/dA of every point."""
+    model, x = shaken(vit(depth=2)), images(2, 3, 32, 48)
+    first = torch.full_like(x, 0.3)
+    names = ["embedding-x-gradient", "attention-x-gradient"]
+    found = mean_along_ray(Explainer(model, x), x, names, steps=4, baseline=first)
+    target = model(x).argmax(1).tolist()  # the image's, at every point
+    sums = {name: torch.zeros(2, 2, 3, dtype=x.dtype) for name in names}
+    for point, weight in zip(*np.polynomial.legendre.leggauss(4), strict=True):
+        a = (1 + point) / 2
+        slow = Reference(model, (1 - a) * first + a * x, target, False)
+        for name in names:
+            sums[name] += weight / 2 * slow.method(name)
+    for name in names:
+        torch.testing.assert_close(found[name].values, sums[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[name].output, model(x)[[0, 1], target])
+        assert found[name].total is None
+    with pytest.raises(InputError, match="at least one step"):
+        mean_along_ray(Explainer(model, x), x, names, steps=0)
 
 
 def test_smoothgrad_averages_over_noise() -> None:

@@ -590,9 +590,19 @@ def test_intervals_where_there_is_little_to_say() -> None:
     assert results.mean("m", "plain", "srg").count == 2
     assert results.mean("m", "libra", "srg") == Interval(2.0, 2.0, 2.0, 3)
     one = made([1.0], [nan])
-    assert math.isnan(one.mean("m", "plain", "srg").low)
-    assert one.mean("m", "libra", "srg").count == 0
-    assert one.difference("m", "srg").count == 0
+    everything = (-math.inf, math.inf)
+    for found, count, note in (
+        (one.mean("m", "plain", "srg"), 1, "one value"),
+        (one.mean("m", "libra", "srg"), 0, "no values"),
+        (one.difference("m", "srg"), 0, "no values"),
+        (made([1.0, math.inf], [0.0, 0.0]).mean("m", "plain", "srg"), 2, "an infinite value"),
+        (made([1e308, -1e308] * 9, [0.0] * 18).mean("m", "plain", "srg"), 18, None),
+    ):
+        assert found.count == count and not math.isnan(found.low) and not math.isnan(found.high)
+        if note is not None:
+            assert ((found.low, found.high), found.note) == (everything, note)
+    assert results.mean("m", "libra", "srg").note == "all values equal"
+    assert str(one.mean("m", "plain", "srg")) == "1 [-inf, inf] (one value)"
     assert str(Interval(0.5, 0.25, 0.75, 9)) == "0.5 [0.25, 0.75]"
 
 
@@ -642,6 +652,7 @@ def test_intervals_of_any_values_are_bcas_or_the_percentiles(values: list[float]
         ]  # fmt: skip
     at = wanted[bool(np.isnan(wanted[0]).any())]
     assert (found.low, found.high) == (at.low, at.high)
+    assert ("percentiles" in found.note) == (at is wanted[1])
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.csv"])

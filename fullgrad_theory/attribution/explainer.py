@@ -134,7 +134,7 @@ class Explainer:
         self,
         x: Tensor,
         methods: str | Sequence[str] = "fullgrad+",
-        target: Target = None,
+        target: Target | Chosen = None,
         seed: int = 0,
     ) -> dict[str, Map]:
         """Maps of images (B, C, H, W) by each of the methods, for a target or the prediction.
@@ -161,7 +161,7 @@ class Explainer:
             parts.append(self._explain(x[i : i + 1], chosen, own, seed + i))
         return {name: _join([part[name] for part in parts]) for name in chosen}
 
-    def _one_by_one_target(self, x: Tensor, target: Target) -> Chosen | None:
+    def _one_by_one_target(self, x: Tensor, target: Target | Chosen) -> Chosen | None:
         """The target of all samples, resolved before each is run alone; None is each's largest."""
         if target is None:
             return None

@@ -52,7 +52,8 @@ class Record:
     """What one pass gathered. `values`, `gradients`: stream node -> (batch, tokens, channels).
 
     `layers`: attention with the gradient of the output that the head makes of that very layer.
-    `biases`: cell -> what the biases contribute there, (batch, *canvas); `bias_total`: (batch,).
+    `biases`: cell -> what the biases contribute there, (batch, *canvas); `bias_total`: (batch,);
+    `later`: the same as `biases`, of the biases behind the first block's input alone.
     """
 
     anatomy: Anatomy
@@ -66,6 +67,7 @@ class Record:
     layers: tuple[Weights, ...] = ()
     biases: Mapping[Cell, Tensor] = field(default_factory=dict)
     bias_total: Tensor | None = None
+    later: Mapping[Cell, Tensor] = field(default_factory=dict)
 
     def on_canvas(self, node: str, tokens: Tensor) -> tuple[Cell, Tensor]:
         """One number a token of a stream node, (batch, tokens), as its cell and (batch, h, w)."""
@@ -118,6 +120,7 @@ def gather(
         layers,
         run.biases,
         run.bias_total,
+        run.later,
     )
 
 
@@ -162,7 +165,9 @@ class _Gathering(Run):
         self.kept: dict[str, Tensor] = {}
         self.operands: dict[str, dict[str, Any]] = {}
         self.biases: dict[Cell, Tensor] = {}
+        self.later: dict[Cell, Tensor] = {}
         self.bias_total: Tensor | None = None
+        self.behind = anatomy.behind if biases and anatomy.blocks else frozenset[str]()
         self._heard = False
 
     def run_node(self, n: fx.Node) -> Any:
@@ -203,8 +208,9 @@ class _Gathering(Run):
         self.bias_total = total if self.bias_total is None else self.bias_total + total
         if layout.placed:
             placed = layout.place(products)
-            known = self.biases.get(layout.cell)
-            self.biases[layout.cell] = placed if known is None else known + placed
+            for into in (self.biases, self.later) if name in self.behind else (self.biases,):
+                known = into.get(layout.cell)
+                into[layout.cell] = placed if known is None else known + placed
 
     def weights(
         self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None

@@ -162,6 +162,12 @@ class Anatomy:
         """The last value of the stream."""
         return self.steps[-1].after
 
+    @cached_property
+    def behind(self) -> frozenset[str]:
+        """The nodes that the first block's input leads to: what it holds itself, the patch
+        embedding's bias and the positions, is none of theirs."""
+        return frozenset(nx.descendants(self.graph.nx, self.blocks[0].input))
+
     @property
     def forms(self) -> str:
         """The forms of attention that are recognised, and a softmax here that is none of them."""

@@ -33,16 +33,18 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `count` images and its confidence interval: NaN for fewer than two, and where one
-    is infinite."""
+    """A mean over `count` images and its confidence interval, which is never NaN: all numbers where
+    the values say nothing of others. `note` says what is out of the ordinary; empty for BCa."""
 
     mean: float
     low: float
     high: float
     count: int
+    note: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        said = f" ({self.note})" if self.note else ""
+        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]{said}"
 
 
 @dataclass(frozen=True)
@@ -179,28 +181,36 @@ def _bootstrap(values: np.ndarray, confidence: float, resamples: int) -> Interva
 
     Its corrections are not defined where no resample's mean, or every one, lies below the mean, or
     where leaving one value out changes nothing: a few values that are equal but for their last
-    digits. There it is the percentile interval of the same resamples.
+    digits. There it is the percentile interval of the same resamples. Fewer than two values, or an
+    infinite one, bound nothing: the interval is all numbers.
     """
     stats = require("scipy.stats", "measure")
     values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = float(values.mean())
-    if len(values) < 2 or not np.isfinite(values).all():
-        return Interval(mean, math.nan, math.nan, len(values))
+    count = len(values)
+    with np.errstate(all="ignore"):  # a sum that overflows is told below
+        mean = float(values.mean()) if count else math.nan
+    anywhere = partial(Interval, mean, -math.inf, math.inf, count)
+    if count < 2:
+        return anywhere("one value" if count else "no values")
+    if not np.isfinite(values).all():
+        return anywhere("an infinite value")
     if np.ptp(values) == 0:
-        return Interval(mean, mean, mean, len(values))
+        return Interval(mean, mean, mean, count, "all values equal")
     bootstrap = partial(
         stats.bootstrap,
         (values,),
         np.mean,
         confidence_level=confidence,
-        batch=max(1, 2**24 // len(values)),
+        batch=max(1, 2**24 // count),
     )
+    note = ""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = bootstrap(n_resamples=resamples, rng=np.random.default_rng(0))
         if np.isnan(found.confidence_interval).any():
             found = bootstrap(n_resamples=0, bootstrap_result=found, method="percentile")
+            note = "percentiles, for BCa is not defined here"
     low, high = map(float, found.confidence_interval)
-    return Interval(mean, low, high, len(values))
+    if math.isnan(low) or math.isnan(high):
+        return anywhere("sums overflow")
+    return Interval(mean, low, high, count, note)
