@@ -91,8 +91,8 @@ def _headline(report: Report) -> Text:
         error = "nothing was measured"
     else:
         before = report.error_before if report.policy else None
-        change = f"{_figure(before)} -> " if before is not None else ""
-        error = f"relative error {change}{_figure(report.error)}"
+        change = f"{figure(before)} -> " if before is not None else ""
+        error = f"relative error {change}{figure(report.error)}"
     return Text.assemble(
         (WORDS[report.complete], _STYLES[report.complete]), f"  {report.model}, {of}: {error}"
     )
@@ -147,7 +147,7 @@ def _rank(entry: tuple[str, list[NodeReport]]) -> tuple[int, int, str]:
 def _cells(nodes: Sequence[NodeReport], shown: Sequence[Verdict]) -> list[str]:
     """A row of counts, and the worst error."""
     counts = [str(_count(nodes, verdict) or "") for verdict in shown]
-    return [str(len(nodes)), *counts, _figure(worst(nodes))]
+    return [str(len(nodes)), *counts, figure(worst(nodes))]
 
 
 def _count(nodes: Sequence[NodeReport], verdict: Verdict) -> int:
@@ -161,19 +161,21 @@ def _measured(measurements: Sequence[EndToEnd]) -> Table:
     for title in ("relative", "absolute", "input", "biases"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in measurements:
-        figures = (_figure(one.relative), _figure(one.absolute))
-        shares = (_share(one.input_share), _share(one.bias_share))
+        figures = (figure(one.relative), figure(one.absolute))
+        shares = (share(one.input_share), share(one.bias_share))
         table.add_row(Text(one.where), one.dtype, *figures, *shares)
     return table
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """A number in three digits; nothing for None."""
     if not value:
         return "" if value is None else "0"
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
-def _share(value: float) -> str:
+def share(value: float) -> str:
+    """A fraction in per cent."""
     return f"{100 * value:.1f} %" if abs(value) < 100 else f"{100 * value:.1e} %"
 
 
@@ -201,22 +203,23 @@ def _paragraph(group: Sequence[NodeReport]) -> Iterator[RenderableType]:
     """What, where, why, and what mends it."""
     first, error = group[0], worst(group)
     counted = f"{len(group)} {first.verdict}"
-    counted += f", error up to {_figure(error)}" if error is not None else ""
+    counted += f", error up to {figure(error)}" if error is not None else ""
     yield Text.assemble(first.op, "  ", (counted, _VERDICT_STYLES[first.verdict]))
     paths = compress(n.module_path for n in group if n.module_path)
     sources = dict.fromkeys(n.source for n in group if n.source)
-    where = ", ".join(_few(paths, 8)) or "(top level)"
-    at = f" ({', '.join(_few(sources, 3))})" if sources else ""
+    where = ", ".join(few(paths, 8)) or "(top level)"
+    at = f" ({', '.join(few(sources, 3))})" if sources else ""
     table = Table.grid(padding=(0, 1))
     table.add_row("", "where", Text.assemble(where, (at, "dim"), overflow="fold"))
     table.add_row("", "why", Text(first.reason, overflow="fold"))
     edits = mends(group)
     if edits:
-        table.add_row("", "mend", Text("; ".join(_few(edits)), style="cyan", overflow="fold"))
+        table.add_row("", "mend", Text("; ".join(few(edits)), style="cyan", overflow="fold"))
     yield table
 
 
-def _few(texts: Iterable[str], most: int = 3) -> list[str]:
+def few(texts: Iterable[str], most: int = 3) -> list[str]:
+    """The first of them, and how many more there are."""
     texts = list(texts)
     left = len(texts) - most
     return texts[:most] + ([f"and {left} more"] if left > 0 else [])

@@ -18,6 +18,8 @@ from .numeric import largest
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ..graph.computation import ComputationGraph
+
 FORMAT = "fullgrad-theory report 1"
 WIDTH = 100
 """columns of a report as text"""
@@ -124,6 +126,22 @@ class Report:
         from .render import in_colour
 
         return in_colour(self)
+
+    def to_html(self, graph: ComputationGraph | None = None, before: Report | None = None) -> str:
+        """Everything as one page for a browser, which needs neither files beside it nor a network.
+
+        `graph`: what was checked, as `trace` returns it; without it the computation is drawn
+        without edges. `before`: the report of the same gradient without the plan.
+        """
+        from .webpage import to_html  # jinja2, where a page is made
+
+        return to_html(self, graph, before)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page, in a frame of its own."""
+        from ..pages import framed
+
+        return framed(self.to_html())
 
     def to_json(self) -> str:
         """Everything the report holds, as JSON; `Report.from_json` reads it back.

@@ -77,6 +77,21 @@ def check(
     junit: Annotated[
         Path | None, typer.Option(callback=writable, help="... as JUnit XML (test reports).")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(callback=writable, help="... as one page for a browser, the graph drawn."),
+    ] = None,
+    node_data: Annotated[
+        Path | None,
+        typer.Option(callback=writable, help="... as node data for Model Explorer, JSON."),
+    ] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Option(callback=writable, help="Write the graph there, for Model Explorer."),
+    ] = None,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="How many further plans the report shows beside.")
+    ] = 0,
     dtype: As = None,
     device: Device = None,
     numeric: Annotated[
@@ -94,9 +109,9 @@ def check(
     from . import checking, making
 
     chosen = making.Chosen(name, inputs, weights, pretrained, device, dtype)
-    files = checking.Files(json, sarif, junit)
+    files = checking.Files(json, sarif, junit, html, node_data, graph)
     asked = checking.Asked(output, constant, explain)
-    code = checking.check(chosen, policy, numeric, unknown, files, traceback, asked)
+    code = checking.check(chosen, policy, numeric, unknown, files, traceback, asked, alternatives)
     raise typer.Exit(code)
 
 

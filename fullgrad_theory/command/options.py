@@ -208,6 +208,10 @@ def _shape(text: str) -> Shape:
         raise typer.BadParameter(str(error)) from None
 
 
+_WRITTEN = ("--json", "--sarif", "--junit", "--html", "--node-data", "--graph")
+"""the options that name a file of a report"""
+
+
 class Reporting(TyperCommand):
     """A command whose mistakes in the options are one line, as all else that goes wrong; no report
     of an earlier run outlives them."""
@@ -219,7 +223,7 @@ class Reporting(TyperCommand):
         except typer.Exit:  # --help
             raise
         except Exception as error:
-            for path in named_by(("--json", "--sarif", "--junit"), given):
+            for path in named_by(_WRITTEN, given):
                 withdraw(path)
             if not hasattr(error, "format_message"):
                 raise

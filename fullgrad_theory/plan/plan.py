@@ -109,6 +109,12 @@ class Plan:
     def __str__(self) -> str:
         return str(PlanText(self))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: each kind of edit with its places and reason, and alternatives."""
+        from ..pages import filled, framed  # jinja2, where a page is made
+
+        return framed(filled("plan.html", plan=self, paragraphs=PlanText(self)._paragraphs()), 420)
+
     def meaning(self, edit: Edit) -> str:
         """One edit in words: what it does to the backward, and what leaves the backward with it."""
         return PlanText(self).meaning(edit)
