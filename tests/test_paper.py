@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
+from torch import Tensor
 from torch.nn import functional as F
 
 import fullgrad_theory as fgt
@@ -31,6 +33,7 @@ from experiments.paper.prompted import PROMPTS, Prompted
 from experiments.paper.ready import Ready
 from experiments.paper.setup import BARE, BOUNDS, METRICS, SMALL
 from experiments.paper.summary import MEAN, PAPER, Cell, Claim, Table, orders
+from fullgrad_theory.measure.results import Results
 from fullgrad_theory.metrics import Deletion
 
 pytestmark = pytest.mark.slow
@@ -181,6 +184,75 @@ def test_marks() -> None:
         assert ("on 1 of 1" in sentence) == (low > 0)
 
 
+def weighted(target: int) -> Callable[[Tensor], Tensor]:
+    """The paper's z[c] - sum softmax(z) z, the softmax held."""
+    return lambda z: z[:, target] - (z.softmax(1).detach() * z).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "raw"), [("libra", False), ("alilrp", False), ("attnlrp", True), ("decompx", True)]
+)
+def test_each_method_has_the_papers_target(made: tuple[Path, Path], policy: str, raw: bool) -> None:
+    """Segmentation AP of the maps of either target, image by image; one of them was kept."""
+    _, cache = made
+    model = load("gmixer", cache, SMALL.recipe)
+    explain = fgt.Explainer(model, scenes(1)[0].image[None], policy)
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for sample in scenes(SMALL.images):
+        x, mask = sample.image[None], sample.mask
+        assert mask is not None
+        best = int(model(x).argmax())
+        for kind, target in ((True, best), (False, weighted(best))):
+            values = explain(x, "fullgrad+", target)["fullgrad+"].values
+            fine = F.interpolate(values[None], (64, 64), mode="bicubic")[0, 0]
+            found[kind].append(float(average_precision_score(mask.flatten(), fine.flatten())))
+    (kept,) = (
+        results.values("fullgrad+", policy, "segmentation-ap")
+        for file in cache.glob("rows-*/faithfulness/gmixer/*/batch-*.json")
+        for results in [Results.load(file)]
+        if policy in results.policies
+    )
+    np.testing.assert_allclose(kept, found[raw], rtol=1e-4)
+    assert np.abs(kept - found[not raw]).max() > 1e-3 * kept.max()
+
+
+def test_what_a_definition_changes_by_hand(made: tuple[Path, Path]) -> None:
+    out, cache = made
+    model = load("gmixer", cache, SMALL.recipe)
+    explain = fgt.Explainer(model, scenes(1)[0].image[None], "libra")
+    found: dict[str, list[float]] = {"raw logit": [], "early biases": []}
+    for sample in scenes(SMALL.images):
+        x = sample.image[None]
+        best = int(model(x).argmax())
+        wanted, other = (
+            explain(x, "fullgrad+", t)["fullgrad+"].values.flatten() for t in (weighted(best), best)
+        )
+        found["raw logit"].append(float(np.corrcoef(wanted, other)[0, 1]))
+        # what is before the first block is input x gradient there, less that of the pixels
+        parts = explain(x, ["embedding-x-gradient", "input-x-gradient"], weighted(best))
+        pixels = F.avg_pool2d(parts["input-x-gradient"].values[:, None], 8)[0, 0] * 64
+        twice = wanted + (parts["embedding-x-gradient"].values[0] - pixels).flatten()
+        found["early biases"].append(float(np.corrcoef(wanted, twice)[0, 1]))
+    cells = {
+        r["metric"]: float(r["mean"])
+        for r in rows(out / "definitions.csv")
+        if (r["model"], r["method"], r["policy"], r["than"]) == ("gmixer", "fullgrad+", "libra", "")
+    }
+    for name, values in found.items():
+        assert cells[name] == pytest.approx(np.mean(values), rel=1e-3, abs=1e-4), name
+
+
+def test_results_of_other_definitions_say_so(made: tuple[Path, Path], tmp_path: Path) -> None:
+    said = "Measured before the paper's definitions"
+    assert said not in (made[0] / "README.md").read_text()
+    shutil.copytree(made[0], tmp_path / "old")
+    run = json.loads((tmp_path / "old" / "run.json").read_text())
+    del run["definitions"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(run))
+    command.render(tmp_path / "old")
+    assert said in (tmp_path / "old" / "README.md").read_text()
+
+
 def test_objects_by_hand(made: tuple[Path, Path]) -> None:
     """Own and other AP of one model, map by map."""
     out, cache = made
@@ -192,7 +264,7 @@ def test_objects_by_hand(made: tuple[Path, Path]) -> None:
         masks = {sample.label: sample.mask, **sample.others}
         scores: dict[bool, list[float]] = {True: [], False: []}
         for target in masks:
-            values = explain(sample.image[None], "fullgrad", target)["fullgrad"].values
+            values = explain(sample.image[None], "fullgrad", weighted(target))["fullgrad"].values
             fine = F.interpolate(values[None], (64, 64), mode="bicubic")[0, 0]
             for label, mask in masks.items():
                 ap = average_precision_score(mask.flatten(), fine.flatten())

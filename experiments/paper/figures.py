@@ -49,7 +49,7 @@ def _bar(axis: Any, place: float, cell: Any, colour: str, label: str | None, wid
     if cell is None:
         return
     mean, low, high = (100 * v for v in (cell.mean, cell.low, cell.high))
-    error = None if np.isnan(low) else [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+    error = None if not np.isfinite(low) else [[max(0.0, mean - low)], [max(0.0, high - mean)]]
     axis.bar(place, mean, width, color=colour, label=label, yerr=error, ecolor="black",
              error_kw={"lw": 0.8})  # fmt: skip
 

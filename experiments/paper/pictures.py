@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from fullgrad_theory import softmax_weighted
 from fullgrad_theory.data import Sample
 
 from .measure import crowded, scenes
@@ -19,14 +20,14 @@ POLICIES = ("plain", "libra")
 
 def heatmaps(models: Mapping[str, Ready], setup: Setup) -> Arrays:
     """`image/i`, and `map/model/method/policy/i`: every method of the first two models, FullGrad+
-    of the others; the target is the prediction."""
+    of the others, of the prediction, its logit weighted by the softmax as in the tables."""
     samples = scenes(setup.images)[: setup.scenes]
     arrays = _images(samples)
     x = torch.stack([s.image for s in samples])
     for number, (name, ready) in enumerate(models.items()):
         methods = ready.applying(METHODS) if number < 2 else ("fullgrad+",)
         for policy in POLICIES:
-            for method, found in ready.explainer(policy)(x, methods, None).items():
+            for method, found in ready.explainer(policy)(x, methods, softmax_weighted()).items():
                 for i, values in enumerate(found.values):
                     arrays[f"map/{name}/{method}/{policy}/{i}"] = values.numpy().astype(np.float32)
     return arrays

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fullgrad_theory import ComputationGraph, Explainer, Map, Target, trace
+from fullgrad_theory import ComputationGraph, Explainer, trace
 
 from .models import IMAGE
-from .setup import BARE
 
 
 @dataclass(eq=False)
@@ -26,7 +25,7 @@ class Ready:
     module: nn.Module
 
     def __post_init__(self) -> None:
-        self._made: dict[str, Extended] = {}
+        self._made: dict[str, Explainer] = {}
 
     @cached_property
     def graph(self) -> ComputationGraph:
@@ -41,42 +40,19 @@ class Ready:
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def explainer(self, policy: str) -> Extended:
+    def explainer(self, policy: str) -> Explainer:
         if policy not in self._made:
-            self._made[policy] = Extended(Explainer(self.graph, policy=policy))
+            self._made[policy] = Explainer(self.graph, policy=policy)
         return self._made[policy]
 
-    def explain(self, model: nn.Module, example: Tensor, policy: Any) -> Extended:
+    def explain(self, model: nn.Module, example: Tensor, policy: Any) -> Explainer:
         return self.explainer(policy)
 
     def applying(self, methods: Sequence[str]) -> tuple[str, ...]:
         """Those of `methods` that apply to this model, in their order."""
-        able = self.explainer("plain").explainer.applying()
+        able = self.explainer("plain").applying()
         return tuple(m for m in methods if m in able)
 
     def double(self) -> Ready:
         """The same in float64."""
         return Ready(self.name, copy.deepcopy(self.module).double())
-
-
-@dataclass(frozen=True, eq=False)
-class Extended:
-    """An `Explainer`, and one method more: FullGrad+ without its bias maps.
-
-    The bias maps alone are FullGrad less input x gradient, on the grid of tokens.
-    """
-
-    explainer: Explainer
-
-    def __call__(
-        self, x: Tensor, methods: Sequence[str], target: Target, *, seed: int = 0
-    ) -> Mapping[str, Map]:
-        asked = [m for m in methods if m != BARE]
-        if BARE not in methods:
-            return self.explainer(x, asked, target, seed)
-        parts = ("fullgrad+", "fullgrad", "input-x-gradient")
-        made = self.explainer(x, [*dict.fromkeys((*asked, *parts))], target, seed)
-        whole = made["fullgrad+"]
-        rows, columns = whole.values.shape[1:]
-        biases = made["fullgrad"].values - made["input-x-gradient"].tokens((rows, columns))
-        return made | {BARE: replace(whole, method=BARE, values=whole.values - biases)}

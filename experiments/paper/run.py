@@ -30,7 +30,7 @@ from .fit import Trained
 from .models import ARCHITECTURES, SIZES, train
 from .prompted import Prompted
 from .ready import Ready
-from .setup import SMALL, WHOLE, Setup
+from .setup import DEFINITIONS, SMALL, WHOLE, Setup
 from .summary import Claim, Table, cells, claims, read_cells, write_cells
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,12 +38,13 @@ CACHE = Path("cache") / "paper"
 TOWERS = "clip-towers"
 TABLES: dict[str, tuple[str, ...]] = {
     "models": (),
-    "completeness": ("completeness", "faithfulness"),
+    "completeness": ("completeness",),
     "faithfulness": ("faithfulness",),
     "sizes": ("faithfulness",),
     "mixers": ("faithfulness",),
     "ablation": ("ablation",),
     "discrimination": ("discrimination",),
+    "definitions": ("definitions",),
     "heatmaps": ("heatmaps",),
     "text": ("text",),
     "orderings": ("completeness", "faithfulness", "ablation"),
@@ -55,6 +56,7 @@ STUDIES: dict[str, measure.Study] = {
     "completeness": measure.completeness,
     "faithfulness": measure.faithfulness,
     "discrimination": measure.discrimination,
+    "definitions": measure.definitions,
 }
 """Measured of every model."""
 
@@ -93,7 +95,7 @@ def run(
             take("ablation", model, measure.ablation)
     for name, pair in towers.items():
         prompted = Ready(name, Prompted(pair.model))  # type: ignore[arg-type]
-        take("text", prompted, measure.discrimination)
+        take("text", prompted, measure.text)
         _save(out / "text.npz", pictures.highlights(prompted, setup))
     start = time.monotonic()
     if "heatmaps" in wanted:
@@ -112,6 +114,7 @@ def run(
     held = _read(out / "run.json") if (out / "run.json").exists() else {"models": [], "seconds": {}}
     models = [*dict.fromkeys((*held["models"], *ready, *towers))]
     _json(out / "run.json", {
+        "definitions": DEFINITIONS,
         "images": setup.images,
         "images with several objects": setup.objects,
         "models": [m for m in models if m != TOWERS],
@@ -169,7 +172,7 @@ def render(out: Path) -> None:
     if trained:
         made["models"] = tables.models(trained)
     if exact := sheets.get("completeness"):
-        made["completeness"] = tables.completeness(exact, sheets.get("faithfulness"))
+        made["completeness"] = tables.completeness(exact)
         figures.completeness(exact, out / "completeness.png")
     if found := sheets.get("faithfulness"):
         made["faithfulness"] = tables.faithfulness(found, families)
@@ -192,6 +195,8 @@ def render(out: Path) -> None:
         made["discrimination"] = tables.discrimination(found, families)
         if {*families} & {*found.models}:
             figures.paired(found, families, "AP gap", out / "discrimination.png")
+    if found := sheets.get("definitions"):
+        made["definitions"] = tables.definitions(found, families)
     if found := sheets.get("text"):
         scores = {m["name"]: m["scores"] for m in trained}
         made["text"] = tables.text(found, scores[TOWERS])

@@ -26,13 +26,17 @@ METHODS = (
     "legrad",
 )
 """Explained plain and under libra."""
-BASELINES = ("integrated-gradients", "random", "raw-attention", "rollout")
+SAMPLED = "integrated-gradients"
+BASELINES = (SAMPLED, "random", "raw-attention", "rollout")
 """Explained plain alone: no gradient to balance, or 51 of them an image."""
 LRP = ("attnlrp", "alilrp", "decompx")
+RAW = ("attnlrp", "decompx")
+"""Differentiate the raw logit, as in the paper; all else the softmax's weighting of the logits."""
 LRP_METHODS = ("embedding-x-gradient", "fullgrad", "fullgrad+")
 SUMMING = ("input-x-gradient", "embedding-x-gradient", "fullgrad", "hirescam")
 """Gradient methods whose contributions have a sum to keep."""
-BARE = "fullgrad+ without biases"
+BARE = "hirescam+"
+"""FullGrad+ without its bias maps."""
 ABLATION = (
     "libra",
     "without-attention",
@@ -51,6 +55,8 @@ METRICS = (
     "pointing-game",
 )
 """Higher is better in all of them."""
+DEFINITIONS = "the paper's FullGrad+ and targets"
+"""What the tables rest on, kept beside the data: figures of other definitions are told apart."""
 ERRORS = ("completeness-error", "relative-completeness-error")
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 """The most that Libra FullGrad's relative completeness error may be, on any image."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .models import ARCHITECTURES
-from .setup import ABLATION, BARE, BASELINES, BOUNDS, LRP, LRP_METHODS, METRICS
+from .setup import ABLATION, BARE, BASELINES, BOUNDS, DEFINITIONS, LRP, LRP_METHODS, METRICS
 from .summary import INSIDE, MEAN, PAPER, UNEXPLAINED, Cell, Claim, Table
 
 NAMES = {
@@ -122,7 +122,7 @@ def sentences(table: Table, models: Sequence[str], metric: str) -> list[str]:
 # --------------------------------------------------------------------------- tables
 
 
-def completeness(table: Table, faithful: Table | None) -> str:
+def completeness(table: Table) -> str:
     """Bounds, relative errors in both precisions, absolute ones beside the paper's."""
     models = [m for m in table.models if m != MEAN]
     parts = [
@@ -135,19 +135,18 @@ def completeness(table: Table, faithful: Table | None) -> str:
     for kind in BOUNDS:
         name = "relative-completeness-error"
         parts.append(f"## Relative, {kind}\n\nMean over images.\n\n" + _errors(
-            table, faithful, kind, name, models, {}))  # fmt: skip
+            table, kind, name, models, {}))  # fmt: skip
     entries = {tuple(PAPER["entries"][e]): v for e, v in PAPER["completeness"].items()}
     parts.append(
         "## Absolute, float32, beside the paper's\n\nMean over images; the paper's is over other "
         "models and images.\n\n"
-        + _errors(table, faithful, "float32", "completeness-error", [*models, MEAN], entries)
+        + _errors(table, "float32", "completeness-error", [*models, MEAN], entries)
     )
     return "\n\n".join(parts)
 
 
 def _errors(
     table: Table,
-    faithful: Table | None,
     kind: str,
     metric: str,
     models: Sequence[str],
@@ -159,9 +158,6 @@ def _errors(
             found = [table.at(m, method, f"{policy}, {kind}", metric) for m in models]
             if any(found):
                 rows.append((method, policy, found))
-    sampled = "integrated-gradients"
-    if faithful is not None and kind == "float32":
-        rows.append((sampled, "plain", [faithful.at(m, sampled, "plain", metric) for m in models]))
     theirs = ["the paper's mean"] if paper else []
     lines = [
         [method, policy, *("-" if c is None else f"{c.mean:.2g}" for c in found),
@@ -277,6 +273,28 @@ def ablation(table: Table) -> str:
             grid(head, rows),
         ]
     )
+
+
+def definitions(table: Table, models: Sequence[str]) -> str:
+    shown = [m for m in (*models, MEAN) if m in table.models]
+    parts = [
+        "# What a definition changes",
+        "Mean correlations of two maps of one image, in percent, with 95 % intervals. FullGrad+ "
+        "and targets are the paper's in all other tables.",
+    ]
+    for name, about in (
+        ("raw logit", "The map of the raw logit with that of the softmax's weighting of logits."),
+        ("early biases", "FullGrad+ with what it is where the biases before the first block, which "
+         "are in that block's input, are counted besides."),
+    ):  # fmt: skip
+        rows = [
+            [method, policy, *(_mean(table, method, policy, name, m) for m in shown)]
+            for method in table.methods
+            for policy in ("plain", "libra")
+            if table.at(shown[0], method, policy, name)
+        ]
+        parts.append(f"## {about}\n\n" + grid(["method", "policy", *shown], rows))
+    return "\n\n".join(parts)
 
 
 OBJECTS = ("AP gap", "AP own", "pointing gap", "pointing own")
@@ -416,6 +434,7 @@ ABOUT = {
     "mixers": "the same of the mixers",
     "ablation": "libra without its parts",
     "discrimination": "objects of different classes in one image",
+    "definitions": "maps of the raw logit, and of biases counted twice, beside the paper's",
     "text": "highlighting what a text names",
 }
 
@@ -437,6 +456,12 @@ def index(
         f"measuring {seconds / 60:.0f}, with {run['threads']} thread(s) and torch {run['torch']}; "
         "each model's training is in [models.md](models.md).",
     ]
+    if run.get("definitions") != DEFINITIONS:
+        lines.append(
+            "**Measured before the paper's definitions were used: every target is the raw logit, "
+            "and FullGrad+ counts the biases before the first block twice. The command above "
+            "measures again.**"
+        )
     if run["missing"]:
         lines.append(f"**Not measured: {', '.join(run['missing'])}.**")
     if "completeness" in sheets:
