@@ -11,6 +11,7 @@ import pytest
 import quantus
 import timm
 import torch
+from sklearn.metrics import f1_score, jaccard_score
 from small_models import small
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAveragePrecision
@@ -355,6 +356,8 @@ def test_curves_against_their_definition() -> None:
                 "lif-accuracy": sum(right["lif"]) / 9,
                 "aopc": sum(p0 - q for q in p["mif"]) / 9,
                 "lif-aopc": sum(p0 - q for q in p["lif"]) / 9,
+                "mif-auc": area_from_whole(p0, p["mif"]),
+                "lif-auc": area_from_whole(p0, p["lif"]),
                 "log-odds": sum(math.log(q / p0) for q in p["mif"]) / 9,
                 "lif-log-odds": sum(math.log(q / p0) for q in p["lif"]) / 9,
                 "srg": area(p["lif"]) - area(p["mif"]),
@@ -369,6 +372,11 @@ def test_curves_against_their_definition() -> None:
 def area(heights: list[float]) -> float:
     """Trapezoids of width 0.1, over the 0.8 that they cover."""
     return sum((a + b) / 2 * 0.1 for a, b in pairwise(heights)) / 0.8
+
+
+def area_from_whole(whole: float, heights: list[float]) -> float:
+    """Trapezoids of width 0.1 from the whole image on, over the 0.9 that they cover."""
+    return sum((a + b) / 2 * 0.1 for a, b in pairwise([whole, *heights])) / 0.9
 
 
 def test_curves_against_quantus_pixel_flipping() -> None:
@@ -533,6 +541,35 @@ def test_segmentation_ap_against_torchmetrics_and_the_definition() -> None:
         assert ours == pytest.approx(slow_ap(value, mask), abs=1e-9)
 
 
+def test_segmentation_at_the_mean_pixel_by_pixel() -> None:
+    """Counted by hand, and against torchmetrics and scikit-learn."""
+    values, masks = blobs()
+    got = {
+        name: METRICS[f"segmentation-{name}"].compute(values, masks).tolist()
+        for name in ("iou", "accuracy", "f1")
+    }
+    for i, (value, mask) in enumerate(zip(values, masks, strict=True)):
+        mean = sum(value.flatten().tolist()) / value.numel()
+        counts = {(said, true): 0 for said in (False, True) for true in (False, True)}
+        for v, true in zip(value.flatten().tolist(), mask.flatten().tolist(), strict=True):
+            counts[v > mean, true] += 1
+        hit, miss, false, right = (
+            counts[key] for key in ((True, True), (False, True), (True, False), (False, False))
+        )
+        ious = hit / (hit + miss + false), right / (right + miss + false)
+        assert got["iou"][i] == pytest.approx(sum(ious) / 2)
+        assert got["accuracy"][i] == pytest.approx((hit + right) / value.numel())
+        assert got["f1"][i] == pytest.approx(2 * hit / (2 * hit + miss + false))
+        said, true = (value > mean).flatten().int(), mask.flatten().int()
+        assert got["f1"][i] == pytest.approx(f1_score(true, said))
+        assert got["iou"][i] == pytest.approx(jaccard_score(true, said, average="macro"))
+    for metric in (metrics.segmentation_iou, metrics.segmentation_accuracy):
+        assert metric(masks.float(), masks).tolist() == [1.0] * 6
+        assert metric(-masks.float(), masks).tolist() == [0.0] * 6
+    whole = torch.ones_like(masks)  # an even map is nowhere above its mean
+    assert metrics.segmentation_iou(torch.zeros(6, 16, 16), whole).tolist() == [0.0] * 6
+
+
 def test_maps_are_upsampled_bicubically() -> None:
     values, _ = blobs()
     pixels = metrics.to_pixels(values, (32, 24))
@@ -576,7 +613,7 @@ def test_pointing_game_has_a_tolerance() -> None:
 def test_an_empty_mask_has_no_answer() -> None:
     values, masks = blobs()
     masks[2] = False
-    for metric in (metrics.segmentation_ap, metrics.pointing_game):
+    for metric in (m.compute for m in METRICS.values() if m.needs == "masks"):
         assert metric(values, masks).isnan().tolist() == [False, False, True, False, False, False]
 
 

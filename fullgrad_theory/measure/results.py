@@ -194,7 +194,7 @@ def _bootstrap(values: np.ndarray, confidence: float, resamples: int) -> Interva
         return anywhere("one value" if count else "no values")
     if not np.isfinite(values).all():
         return anywhere("an infinite value")
-    if np.ptp(values) == 0:
+    if (values == values[0]).all():
         return Interval(mean, mean, mean, count, "all values equal")
     bootstrap = partial(
         stats.bootstrap,

@@ -8,6 +8,7 @@ from .curves import (
     FRACTIONS,
     Curves,
     aopc,
+    auc,
     lif_accuracy,
     log_odds,
     mif_accuracy,
@@ -16,7 +17,12 @@ from .curves import (
 )
 from .deletion import Deletion
 from .pointing import pointing_game
-from .segmentation import segmentation_ap
+from .segmentation import (
+    segmentation_accuracy,
+    segmentation_ap,
+    segmentation_f1,
+    segmentation_iou,
+)
 from .table import METRICS, Metric, metric
 from .upsample import to_pixels
 
@@ -27,6 +33,7 @@ __all__ = [
     "Deletion",
     "Metric",
     "aopc",
+    "auc",
     "completeness_error",
     "lif_accuracy",
     "log_odds",
@@ -35,7 +42,10 @@ __all__ = [
     "mif_accuracy_drop",
     "pointing_game",
     "relative_completeness_error",
+    "segmentation_accuracy",
     "segmentation_ap",
+    "segmentation_f1",
+    "segmentation_iou",
     "srg",
     "to_pixels",
 ]

@@ -90,5 +90,18 @@ def srg(curves: Curves, of: str = "probability") -> Tensor:
     return torch.from_numpy(np.trapezoid(gain, curves.fractions, axis=1) / width)
 
 
+def auc(curves: Curves, order: str = "mif") -> Tensor:
+    """Area under the target's probability from the whole image (0 %) to the last fraction, (B,).
+
+    Lower is better for "mif", higher for "lif". Trapezoids, divided by the range that they cover:
+    in [0, 1]. The deletion area of Petsiuk et al. 2018 (arXiv:1806.07421) but for the end, where no
+    patch is left and a model of tokens has no input.
+    """
+    heights = torch.cat([curves.start[:, None].double(), _of(curves, order)], 1).exp()
+    shares = (0.0, *curves.fractions)
+    area = np.trapezoid(heights.cpu().numpy(), shares, axis=1)
+    return torch.from_numpy(area / shares[-1])
+
+
 def _of(curves: Curves, order: str) -> Tensor:
     return {"mif": curves.mif, "lif": curves.lif}[order].double()

@@ -11,9 +11,14 @@ from torch import Tensor
 
 from ..errors import unknown_name
 from .completeness import completeness_error, relative_completeness_error
-from .curves import aopc, lif_accuracy, log_odds, mif_accuracy, mif_accuracy_drop, srg
+from .curves import aopc, auc, lif_accuracy, log_odds, mif_accuracy, mif_accuracy_drop, srg
 from .pointing import pointing_game
-from .segmentation import segmentation_ap
+from .segmentation import (
+    segmentation_accuracy,
+    segmentation_ap,
+    segmentation_f1,
+    segmentation_iou,
+)
 
 Needs = Literal["curves", "masks", "total"]
 
@@ -38,11 +43,16 @@ METRICS: dict[str, Metric] = {
         Metric("lif-accuracy", "curves", True, lif_accuracy),
         Metric("aopc", "curves", True, aopc),
         Metric("lif-aopc", "curves", False, partial(aopc, order="lif")),
+        Metric("mif-auc", "curves", False, auc),
+        Metric("lif-auc", "curves", True, partial(auc, order="lif")),
         Metric("log-odds", "curves", False, log_odds),
         Metric("lif-log-odds", "curves", True, partial(log_odds, order="lif")),
         Metric("srg", "curves", True, srg),
         Metric("srg-accuracy", "curves", True, partial(srg, of="accuracy")),
         Metric("segmentation-ap", "masks", True, segmentation_ap),
+        Metric("segmentation-iou", "masks", True, segmentation_iou),
+        Metric("segmentation-accuracy", "masks", True, segmentation_accuracy),
+        Metric("segmentation-f1", "masks", True, segmentation_f1),
         Metric("pointing-game", "masks", True, pointing_game),
     )
 }
