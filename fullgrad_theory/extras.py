@@ -1,6 +1,6 @@
 """Packages that not everybody needs: each belongs to an extra of this library.
 
-The extras are `vision`, `plots`, `methods`, `measure` and `fuzz`; `all` is all of them.
+The extras are `vision`, `plots`, `methods`, `measure` and `fuzz`, which `all` brings, and `view`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from types import ModuleType
 
 from .errors import MissingExtraError
 
-_CALLED = {"PIL": "pillow", "sklearn": "scikit-learn"}
+_CALLED = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "model_explorer": "ai-edge-model-explorer",
+}
 """what installs a module, where its name is another"""
 
 

@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from fullgrad_theory.bars import progress
+from fullgrad_theory.bars import LOUD, Loud, progress
 
 
 def run(seconds: float, after: float, terminal: bool) -> str:
@@ -44,3 +44,20 @@ def test_an_error_passes_through() -> None:
     except KeyError:
         return
     raise AssertionError("swallowed")
+
+
+def told(loud: Loud, terminal: bool) -> str:
+    before = LOUD.set(loud)
+    try:
+        return run(0.2, 0.0, terminal)
+    finally:
+        LOUD.reset(before)
+
+
+def test_quiet_shows_nothing_on_a_terminal_either() -> None:
+    assert told(Loud.QUIET, terminal=True) == ""
+
+
+def test_lines_are_for_a_file_too() -> None:
+    (line,) = told(Loud.LINES, terminal=False).splitlines()
+    assert line.startswith("check: nodes, 0.") and line.endswith(" s")

@@ -40,7 +40,7 @@ def _node(node: Drawn) -> dict[str, Any]:
     }
     return {
         "id": node.name,
-        "label": short_name(node.op),
+        "label": node.name if node.op in ("placeholder", "output") else short_name(node.op),
         "namespace": node.module.replace(".", "/"),
         "attrs": [{"key": key, "value": value} for key, value in said.items() if value],
         "incomingEdges": [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from ..bars import progress
 from ..check.certificate import Certificate, verify
 from ..check.completeness import check_completeness
 from ..check.coq import to_coq
@@ -40,10 +41,11 @@ def certify(
         if not report.complete:
             show(Text(str(report)))
             return report.exit_code
-        certificate = report.certificate()
-        certificate.save(out)
-        if coq is not None:
-            write_whole(coq, to_coq(certificate))
+        with progress("writing the certificate"):
+            certificate = report.certificate()
+            certificate.save(out)
+            if coq is not None:
+                write_whole(coq, to_coq(certificate))
     show(Text(said(certificate)))
     return 0
 
@@ -56,9 +58,11 @@ def check_certificate(file: Path, chosen: Chosen | None, traceback: bool, asked:
         if chosen is not None:
             model = create(chosen, otherwise="meta")
             given = inputs_of(model, chosen)
-            graph = trace(model, given, **asked.keywords)
+            with progress("tracing"):
+                graph = trace(model, given, **asked.keywords)
         try:
-            verify(certificate, graph)
+            with progress("verifying"):
+                verify(certificate, graph)
         except CertificateError as error:
             error_line(f"{file} does not hold: {error}")
             return 1

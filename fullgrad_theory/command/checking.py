@@ -13,7 +13,7 @@ from typing import Any
 from rich.text import Text
 from torch import Tensor
 
-from ..bars import progress
+from ..bars import LOUD, Loud, progress
 from ..check.completeness import check_completeness
 from ..check.drawing import Drawn, drawn
 from ..check.explorer import to_explorer_graph, to_node_data
@@ -125,16 +125,24 @@ def check(
         given = inputs_of(model, chosen)
         judged = partial(check_completeness, numeric=numeric, unknown=unknown)
         if files.drawn or alternatives:
-            found = _drawn(judged, model, given, policy, alternatives, asked)
+            found = found_of(judged, model, given, policy, alternatives, asked)
         else:
             found = Found(judged(model, given, policy=policy, **asked.keywords))
     with judging(traceback=traceback):
         files.write(found, definition(model) or file_of(name), category)
-    show(found.report if sys.stdout.isatty() else Text(str(found.report)))
+    show_report(found.report)
     return found.report.exit_code
 
 
-def _drawn(
+def show_report(report: Report) -> None:
+    """Print it, in colour on a terminal; its first line alone where little is to be said."""
+    if LOUD.get() is Loud.QUIET:
+        show(Text(str(report).partition("\n")[0]))
+    else:
+        show(report if sys.stdout.isatty() else Text(str(report)))
+
+
+def found_of(
     judged: Callable[..., Report],
     model: Model,
     given: tuple[Tensor, ...],

@@ -21,20 +21,22 @@ from .options import (
     Name,
     Output,
     Pretrained,
+    Quiet,
     Reporting,
     Traceback,
     Unknown,
+    Verbose,
     Weights,
     fit_methods,
     fit_policies,
     fits_folder,
     fits_picture,
     fits_policy,
+    known_policies,
     writable,
 )
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -66,7 +68,11 @@ def check(
     inputs: Inputs = None,
     policy: Annotated[
         str | None,
-        typer.Option(callback=fits_policy, help="Judge the gradient with this policy's edits."),
+        typer.Option(
+            callback=fits_policy,
+            autocompletion=known_policies,
+            help="Judge the gradient with this policy's edits.",
+        ),
     ] = None,
     json: Annotated[
         Path | None, typer.Option(callback=writable, help="Write the report there as JSON.")
@@ -101,6 +107,8 @@ def check(
     pretrained: Pretrained = False,
     unknown: IfUnknown = Unknown.ERROR,
     traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     output: Output = None,
     constant: Constant = None,
     explain: Explain = None,
@@ -116,11 +124,52 @@ def check(
 
 
 @app.command(cls=Reporting)
+def view(
+    name: Name,
+    inputs: Inputs = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            callback=fits_policy,
+            autocompletion=known_policies,
+            help="Judge the gradient with this policy's edits.",
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, help="Where Model Explorer is served.")] = 8080,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    device: Device = None,
+    dtype: As = None,
+    numeric: Annotated[
+        bool, typer.Option("--numeric/--no-numeric", help="Measure, or structure alone.")
+    ] = True,
+    unknown: IfUnknown = Unknown.ERROR,
+    traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    output: Output = None,
+    constant: Constant = None,
+    explain: Explain = None,
+) -> None:
+    """Show a model's graph in Model Explorer, the verdicts laid over it; ends with Ctrl-C."""
+    from . import checking, making, viewing
+
+    chosen = making.Chosen(name, inputs, weights, pretrained, device, dtype)
+    asked = checking.Asked(output, constant, explain)
+    viewing.view(chosen, policy, numeric, unknown, port, traceback, asked)
+
+
+@app.command(cls=Reporting)
 def derive(
     name: Name,
     inputs: Inputs = None,
     policy: Annotated[
-        str, typer.Option(callback=fits_policy, help="The table of what each edit costs.")
+        str,
+        typer.Option(
+            callback=fits_policy,
+            autocompletion=known_policies,
+            help="The table of what each edit costs.",
+        ),
     ] = "libra",
     save: Annotated[
         Path | None, typer.Option(callback=writable, help="Write the plan there.")
@@ -131,6 +180,8 @@ def derive(
     device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
     traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     output: Output = None,
     constant: Constant = None,
     explain: Explain = None,
@@ -151,7 +202,12 @@ def certify(
     ],
     inputs: Inputs = None,
     policy: Annotated[
-        str, typer.Option(callback=fits_policy, help="The policy whose edits are proved.")
+        str,
+        typer.Option(
+            callback=fits_policy,
+            autocompletion=known_policies,
+            help="The policy whose edits are proved.",
+        ),
     ] = "libra",
     coq: Annotated[
         Path | None,
@@ -160,6 +216,8 @@ def certify(
     device: Device = None,
     unknown: IfUnknown = Unknown.ERROR,
     traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     output: Output = None,
     constant: Constant = None,
     explain: Explain = None,
@@ -185,6 +243,8 @@ def verify(
     inputs: Inputs = None,
     device: Device = None,
     traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     output: Output = None,
     constant: Constant = None,
     explain: Explain = None,
@@ -212,7 +272,11 @@ def explain(
     ] = ["fullgrad+"],  # noqa: B006
     policy: Annotated[
         list[str],
-        typer.Option(callback=fit_policies, help="Edits of the backward, or plain; repeatable."),
+        typer.Option(
+            callback=fit_policies,
+            autocompletion=known_policies,
+            help="Edits of the backward, or plain; repeatable.",
+        ),
     ] = ["libra"],  # noqa: B006
     target: Annotated[
         int | None, typer.Option(help="The class to explain; the prediction where left out.")
@@ -222,6 +286,8 @@ def explain(
     pretrained: Pretrained = False,
     device: Device = None,
     traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Draw what an image's places contribute to a class: methods x policies in one picture."""
     from . import explaining, making
@@ -261,6 +327,8 @@ def fuzz(
         ),
     ] = None,
     traceback: Traceback = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check this library on random architectures; exit code 0 where every property holds."""
     from . import checking

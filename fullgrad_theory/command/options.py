@@ -7,7 +7,7 @@ given, never for a `--help`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..bars import LOUD, Loud
 from ..errors import FullgradError, InputError, unknown_name
 from .writing import named_by, withdraw
 
@@ -140,6 +141,13 @@ def fits_policy(name: str | None) -> str | None:
     return name
 
 
+def known_policies(begun: str) -> Iterator[tuple[str, str]]:
+    """For a shell that completes: policies' names, each with what it does."""
+    from ..edits.costs import policies
+
+    return ((p.name, p.description) for p in policies() if p.name.startswith(begun))
+
+
 def fit_policies(names: list[str]) -> list[str]:
     """Names of policies, each once."""
     return [name for name in dict.fromkeys(names) if fits_policy(name)]
@@ -237,6 +245,19 @@ class Reporting(TyperCommand):
 
 # --------------------------------------------------------------------------- options
 
+
+def _loudness(loud: Loud) -> Callable[[typer.Context, bool], bool]:
+    """What a flag does: as long as the command runs, that much is shown of its work."""
+
+    def choose(ctx: typer.Context, asked: bool) -> bool:
+        if asked:
+            before = LOUD.set(loud)
+            ctx.call_on_close(lambda: LOUD.reset(before))
+        return asked
+
+    return choose
+
+
 Name = Annotated[
     str,
     typer.Argument(
@@ -275,6 +296,24 @@ As = Annotated[
 ]
 Traceback = Annotated[
     bool, typer.Option("--traceback", help="Show the Python traceback behind an error, too.")
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        callback=_loudness(Loud.QUIET),
+        help="No progress; of a report its first line alone.",
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_loudness(Loud.LINES),
+        help="Say each step on stderr, and how long it took.",
+    ),
 ]
 Output = Annotated[
     str | None,
