@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fullgrad_theory.attribution import Explainer
+from fullgrad_theory.attribution.map import Map
 from fullgrad_theory.command import picture
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.command.target import load
@@ -71,6 +72,7 @@ def test_a_timm_model(image: Path) -> None:
     assert code == 0, said
     assert Path("maps.pdf").read_bytes().startswith(b"%PDF")
     assert "fullgrad+" in said and "10 x 10" in said
+    assert said.startswith("test_vit (random weights): ")
 
 
 def test_the_picture_shows_what_the_maps_say(image: Path) -> None:
@@ -85,10 +87,40 @@ def test_the_picture_shows_what_the_maps_say(image: Path) -> None:
     figure = picture.draw(seen, {"fullgrad+": {"plain": found["fullgrad+"]}}, "title")
     heat = figure.axes[1].images[0]
     low, high = heat.get_clim()
-    assert high == -low == pytest.approx(float(found["fullgrad+"].values.abs().max()))
+    sizes = found["fullgrad+"].values.abs()
+    assert high == -low == pytest.approx(float(sizes.quantile(0.99)))
+    assert heat.colorbar.extend != "neither"  # what is beyond is seen to be
     torch.testing.assert_close(torch.tensor(heat.get_array()), found["fullgrad+"].values[0])
     assert heat.get_extent() == [0, 48, 32, 0]
     assert figure.get_suptitle() == "title"
+
+
+def test_a_scale_suits_the_sign_and_no_outlier_takes_it_all() -> None:
+    seen = picture.Seen(torch.zeros(1, 3, 8, 8), torch.rand(8, 8, 3))
+    flat = torch.linspace(0, 1, 64).reshape(1, 8, 8)
+    maps = {
+        name: Map(name, values, torch.ones(1), None, total, (8, 8))
+        for name, values, total in (
+            ("positive", flat, None),
+            ("signed", flat - 0.5, torch.tensor([0.75])),
+        )
+    }
+    figure = picture.draw(seen, {name: {"plain": found} for name, found in maps.items()}, "")
+    scales = {
+        axes.get_ylabel(): figure.axes[place + 1].images[0]
+        for place, axes in enumerate(figure.axes)
+        if axes.get_ylabel() in maps
+    }
+    assert scales["positive"].get_clim()[0] == 0 and scales["positive"].get_cmap().name == "cividis"
+    low, high = scales["signed"].get_clim()
+    assert low == -high and scales["signed"].get_cmap().name == "RdBu_r"
+    titles = [axes.get_title() for axes in figure.axes]
+    assert "completeness error 0.25" in titles and "over the image" in titles
+    one_large = flat.clone()
+    one_large[0, 0, 0] = 1e6
+    assert picture.reach(one_large) < 1e6 * 0.5
+    assert picture.reach(torch.zeros(2, 2)) == 1.0
+    assert picture.reach(torch.tensor([0.0] * 300 + [2.0])) == 2.0
 
 
 @pytest.mark.parametrize(

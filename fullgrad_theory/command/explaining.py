@@ -54,7 +54,8 @@ def explain(
         one = next(iter(maps[methods[0]].values()))
         meant = "the output" if one.target is None else class_name(model, int(one.target[0]))
         share = "" if one.target is None else f", probability {float(likely[0, one.target[0]]):.3g}"
-        title = f"{chosen.name}: {meant}, value {float(one.output[0]):.4g}{share}"
+        weights = " (random weights)" if chosen.untrained else ""
+        title = f"{chosen.name}{weights}: {meant}, value {float(one.output[0]):.4g}{share}"
         draw(seen, maps, title, place)
     show(Text(title), _errors(maps), Text(f"written to {out}"))
 

@@ -29,6 +29,11 @@ class Chosen:
     device: str | None = None
     dtype: Dtype | None = None
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights are random; what a user's own code makes of them is not known."""
+        return not (is_target(self.name) or self.pretrained or self.weights)
+
 
 def create(chosen: Chosen, otherwise: str = "cpu") -> Model:
     """A model in eval mode: timm's with seeded random weights or loaded ones, or the user's own.

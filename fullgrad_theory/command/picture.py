@@ -78,8 +78,9 @@ def draw(
 ) -> Any:
     """A matplotlib figure of `maps[method][policy]`, each of one image; saved where a path says.
 
-    A row a method. For each policy, the map on its own grid with a scale that is symmetric about
-    0 (red speaks for the target, blue against it), and the same over the image.
+    A row a method. For each policy, the map on its own grid, and the same over the image. Signed
+    maps have a scale that is symmetric about 0 (red speaks for the target, blue against it); a row
+    without a negative value has one from 0 up. Both are told apart by all kinds of colour vision.
     """
     agg = require("matplotlib.backends.backend_agg", "plots")
     figures = require("matplotlib.figure", "plots")
@@ -97,22 +98,29 @@ def draw(
             axis.set_xticks([]), axis.set_yticks([])
         row[0].imshow(seen.shown.numpy())
         row[0].set_ylabel(method, fontsize=9)
+        signed = any(bool((found.values[0] < 0).any()) for found in by_policy.values())
         for number, policy in enumerate(policies):
-            _pair(figure, row[1 + 2 * number : 3 + 2 * number], by_policy[policy], policy, seen)
+            pair = row[1 + 2 * number : 3 + 2 * number]
+            _pair(figure, pair, by_policy[policy], policy, seen, signed)
     if path is not None:
         whole(path, lambda beside: figure.savefig(beside, dpi=150))
     return figure
 
 
-def _pair(figure: Any, axes: Sequence[Any], found: Map, policy: str, seen: Seen) -> None:
+def _pair(
+    figure: Any, axes: Sequence[Any], found: Map, policy: str, seen: Seen, signed: bool
+) -> None:
     """The map alone, and over the image where its strength is how opaque it is."""
     height, width = seen.shown.shape[:2]
     values, fine = found.values[0].detach().cpu().float(), found.pixels((height, width))[0]
     fine = fine.detach().cpu().float()
-    limit = float(values.abs().max()) or 1.0
-    scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "extent": (0, width, height, 0)}
+    limit = reach(values)
+    cmap, low = ("RdBu_r", -limit) if signed else ("cividis", 0.0)
+    scale = {"cmap": cmap, "vmin": low, "vmax": limit, "extent": (0, width, height, 0)}
     heat = axes[0].imshow(values.numpy(), interpolation="nearest", **scale)
-    bar = figure.colorbar(heat, ax=axes[0], shrink=0.8, pad=0.02)
+    beyond = (bool((values < low).any()), bool((values > limit).any()))
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+    bar = figure.colorbar(heat, ax=axes[0], shrink=0.8, pad=0.02, extend=extend.get(beyond, "both"))
     bar.ax.tick_params(labelsize=6)
     bar.formatter.set_powerlimits((-2, 3))
     bar.ax.yaxis.get_offset_text().set_fontsize(6)
@@ -122,6 +130,13 @@ def _pair(figure: Any, axes: Sequence[Any], found: Map, policy: str, seen: Seen)
     opacity = (fine.abs() / limit).clamp(0, 1) * 0.85
     axes[1].imshow(fine.numpy(), alpha=opacity.numpy(), **scale)
     axes[1].set_title(_completeness(found), fontsize=8)
+
+
+def reach(values: Tensor) -> float:
+    """How far a colour scale goes: what all but the largest hundredth of the values keep to, so
+    that one outlier does not leave the rest without colour."""
+    sizes = values.abs().flatten()
+    return float(sizes.quantile(0.99)) or float(sizes.max()) or 1.0
 
 
 def _completeness(found: Map) -> str:
