@@ -16,8 +16,11 @@ from PIL import Image, ImageDraw
 from fullgrad_theory.data import (
     CLASSES,
     Coco,
+    FunnyBirds,
     ImageFolder,
+    ImageNetHard,
     ImageNetS,
+    Mura,
     OxfordPets,
     Sample,
     Scenes,
@@ -304,6 +307,59 @@ def test_imagenet_s_labels_are_those_of_imagenet_1k(tmp_path: Path) -> None:
     assert sample.label == 1 and sample.mask is not None and sample.mask.all()  # goldfish
 
 
+def test_imagenet_hard(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    lines = [{"file_name": "b.png", "label": [7, 3]}, {"file_name": "a.png", "label": 900}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    data = ImageNetHard(tmp_path)
+    assert len(data) == 2 and [s.label for s in data] == [7, 900]
+    assert data.labels == [(7, 3), (900,)] and data[0].mask is None
+    assert torch.equal(data[1].image, ImageNetHard(tmp_path)[-1].image)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}')
+    with pytest.raises(InputError, match="without label"):
+        ImageNetHard(tmp_path)
+
+
+def test_mura(tmp_path: Path) -> None:
+    studies = ("XR_WRIST/patient2/study1_positive", "XR_ELBOW/patient1/study1_negative",
+               "XR_ELBOW/patient1/study2_positive")  # fmt: skip
+    for study in studies:
+        picture(tmp_path / "valid" / study / "image1.png")
+    (tmp_path / "valid" / studies[0] / "._image1.png").write_text("no picture")  # as distributed
+    data = Mura(tmp_path)
+    assert [s.label for s in data] == [0, 1, 1] and data.classes == ("negative", "positive")
+    assert len(Mura(tmp_path, part="ELBOW")) == 2 and data[0].mask is None
+    with pytest.raises(InputError, match="no XR_HAND"):
+        Mura(tmp_path, part="HAND")
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_funny_birds(tmp_path: Path, masked: bool) -> None:
+    labels = [4, 0]
+    (tmp_path / "dataset_test.json").write_text(
+        json.dumps([{"class_idx": c, "beak_model": "beak01.glb"} for c in labels])
+    )
+    parts = np.zeros((30, 40, 4), np.uint8)
+    parts[..., 3] = 255  # not of the mask: an opaque ground
+    parts[3:7, 5:9, :3], parts[20:25, 1:3, :3] = (255, 255, 0), (0, 0, 255)  # a beak, a tail
+    for index, label in enumerate(labels):
+        picture(tmp_path / "test" / str(label) / f"{index:06d}.png")
+        if masked:
+            folder = tmp_path / "test_part_map" / str(label)
+            folder.mkdir(parents=True)
+            Image.fromarray(parts).save(folder / f"{index:06d}.png")
+    data = FunnyBirds(tmp_path)
+    assert len(data) == 2 and [s.label for s in data] == [4, 0]
+    wanted = torch.zeros(30, 40, dtype=torch.bool)
+    wanted[3:7, 5:9] = wanted[20:25, 1:3] = True
+    for sample in (data[0], data[-1]):
+        assert sample.image.shape == (3, 30, 40)
+        assert torch.equal(sample.mask, wanted) if masked else sample.mask is None
+    with pytest.raises(IndexError):
+        data[2]
+
+
 def coco(root: Path) -> tuple[Path, Path, Path]:
     picture(root / "val" / "1.jpg")
     picture(root / "val" / "2.jpg")
@@ -417,7 +473,8 @@ def test_a_transform_without_a_tensor(tmp_path: Path) -> None:
 
 def test_missing_paths_are_one_clear_sentence(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    for make in (ImageFolder, OxfordPets, ImageNetS, lambda path: Coco(path, path / "a.json")):
+    loaders = (ImageFolder, OxfordPets, ImageNetS, ImageNetHard, Mura, FunnyBirds)
+    for make in (*loaders, lambda path: Coco(path, path / "a.json")):
         with pytest.raises(InputError, match=r"nowhere.*nothing is downloaded"):
             make(nowhere)
     empty = tmp_path / "empty"

@@ -165,6 +165,105 @@ class ImageNetS(Dataset[Sample]):
         return _sample(image, label, masks, self.transform)
 
 
+class ImageNetHard(Dataset[Sample]):
+    """ImageNet-Hard as a folder of pictures and `root`/metadata.jsonl, whose lines name a picture,
+    `file_name`, and the classes of ImageNet-1k that are right for it, `label`.
+
+    The sample's label is the first of them, `labels[index]` has all; there are no masks. Raises
+    `InputError` for a path that is missing, and for a line without a label.
+    """
+
+    def __init__(self, root: str | Path, transform: Transform | None = None) -> None:
+        root = _need(root, "ImageNet-Hard")
+        lines = _need(root / "metadata.jsonl", "ImageNet-Hard", folder=False).read_text()
+        entries = [json.loads(line) for line in lines.splitlines() if line.strip()]
+        self.transform = transform
+        self.files = [root / entry["file_name"] for entry in entries]
+        self.labels = [_several(entry.get("label")) for entry in entries]
+        if not entries or not all(self.labels):
+            raise InputError("ImageNet-Hard: metadata.jsonl names no picture, or one without label")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        label = self.labels[index][0]
+        return _sample(self.files[index], label, {}, self.transform, known=False)
+
+
+def _several(label: Any) -> tuple[int, ...]:
+    """One class or several."""
+    if label is None:
+        return ()
+    return tuple(map(int, label)) if isinstance(label, list) else (int(label),)
+
+
+class Mura(Dataset[Sample]):
+    """MURA: `root`/{split}/XR_PART/patient*/study*_{negative,positive}/image*.png, radiographs.
+
+    The label is its study's: 0 is normal, 1 abnormal; there are no masks. `split`: "valid" or
+    "train"; `part`: "ELBOW", "WRIST", ..., None for all. Raises `InputError` for a path that is
+    missing.
+    """
+
+    classes = ("negative", "positive")
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform | None = None,
+        split: str = "valid",
+        part: str | None = None,
+    ) -> None:
+        base = _need(Path(root) / split, "MURA")
+        self.transform = transform
+        found = base.glob(f"XR_{part or '*'}/patient*/study*_*/image*.png")
+        pairs = [(file, file.parent.name.rpartition("_")[2]) for file in sorted(found)]
+        self.files = [(f, self.classes.index(kind)) for f, kind in pairs if kind in self.classes]
+        if not self.files:
+            raise InputError(f"MURA: {base} holds no XR_{part or '*'}/patient*/study*_*/image*.png")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        return _sample(*self.files[index], {}, self.transform, known=False)
+
+
+class FunnyBirds(Dataset[Sample]):
+    """FunnyBirds: `root`/dataset_{split}.json, whose i-th entry has `class_idx`, the picture in
+    `root`/{split}/class/00000i.png and its parts in `root`/{split}_part_map/class/00000i.png.
+
+    The mask is all parts that a class is told by (beak, eyes, feet, tail, wings; not the body), and
+    None where there is no folder of part maps. `split`: "test" or "train". Raises `InputError` for
+    a path that is missing.
+    """
+
+    def __init__(
+        self, root: str | Path, transform: Transform | None = None, split: str = "test"
+    ) -> None:
+        self.root, self.split = _need(root, "FunnyBirds"), split
+        _need(self.root / split, "FunnyBirds")
+        listed = _need(self.root / f"dataset_{split}.json", "FunnyBirds", folder=False)
+        self.labels = [int(entry["class_idx"]) for entry in json.loads(listed.read_text())]
+        self.transform = transform
+        self.masked = (self.root / f"{split}_part_map").is_dir()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        label = self.labels[index]
+        place = Path(str(label)) / f"{index:06d}.png"
+        masks: Masks = {}
+        if self.masked:
+            parts = _need(self.root / f"{self.split}_part_map" / place, "FunnyBirds", folder=False)
+            masks[label] = np.array(_opened(parts)).max(-1) > 0
+        file = self.root / self.split / place
+        return _sample(file, label, masks, self.transform, known=False)
+
+
 class Coco(Dataset[Sample]):
     """COCO: a folder of images and an `instances_*.json`. Every image with an object is a sample.
 
