@@ -110,10 +110,10 @@ def _evaluated(
     metrics: Sequence[str],
     target: Target,
 ) -> Results:
-    """The scenes' rows, of those of `methods` that apply."""
+    """The samples' rows, of those of `methods` that apply."""
     return evaluate(
         ready.module,
-        scenes(setup.images),
+        scenes(setup.images) if ready.samples is None else ready.samples,
         ready.applying(methods),
         policies,
         metrics,

@@ -13,16 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from fullgrad_theory import ComputationGraph, Explainer, trace
+from fullgrad_theory.data import Sample
 
 from .models import IMAGE
 
 
 @dataclass(eq=False)
 class Ready:
-    """`explain` is what `evaluate` takes as its `explainer`."""
+    """`explain` is what `evaluate` takes as its `explainer`. The model takes images of `size` x
+    `size`; `samples`: what it is measured on, None for the scenes."""
 
     name: str
     module: nn.Module
+    size: int = IMAGE
+    samples: Sequence[Sample] | None = None
 
     def __post_init__(self) -> None:
         self._made: dict[str, Explainer] = {}
@@ -30,14 +34,14 @@ class Ready:
     @cached_property
     def graph(self) -> ComputationGraph:
         first = next(self.module.parameters())
-        return trace(self.module, torch.zeros(1, 3, IMAGE, IMAGE, dtype=first.dtype))
+        return trace(self.module, torch.zeros(1, 3, self.size, self.size).to(first))
 
     @cached_property
     def digest(self) -> str:
         """Of the weights."""
         digest = hashlib.sha256()
         for tensor in self.module.state_dict().values():
-            digest.update(tensor.numpy().tobytes())
+            digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def explainer(self, policy: str) -> Explainer:
@@ -55,4 +59,4 @@ class Ready:
 
     def double(self) -> Ready:
         """The same in float64."""
-        return Ready(self.name, copy.deepcopy(self.module).double())
+        return Ready(self.name, copy.deepcopy(self.module).double(), self.size, self.samples)

@@ -2,10 +2,12 @@
 
     python -m experiments.paper.run [--out FOLDER] [--cache FOLDER] [--smoke] [--images N]
                                     [--only TABLE ...] [--models NAME ...] [--render]
+                                    [--weights FOLDER --data NAME:FOLDER,... [--files]]
 
 Models that are not in the cache are trained first. What was measured is kept there as well, so that
 a run that was interrupted goes on; `--render` measures nothing, and writes the tables and figures
-again from the data in --out.
+again from the data in --out. With --weights and --data the paper's own models are measured on its
+own data sets, which are read from disk, and --files says which of their files are missing.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fullgrad_theory.errors import FullgradError
 from fullgrad_theory.measure.results import Results
 
-from . import figures, measure, pictures, tables
+from . import figures, full, measure, pictures, tables
 from .clip import train_clip
 from .fit import Trained
 from .models import ARCHITECTURES, SIZES, train
@@ -113,8 +116,9 @@ def run(
     spent["intervals and pictures"] = time.monotonic() - start
     held = _read(out / "run.json") if (out / "run.json").exists() else {"models": [], "seconds": {}}
     models = [*dict.fromkeys((*held["models"], *ready, *towers))]
+    fresh = not held["models"] or {*only} >= {*TABLES}  # else older tables stay beside the new ones
     _json(out / "run.json", {
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS if fresh else held.get("definitions"),
         "images": setup.images,
         "images with several objects": setup.objects,
         "models": [m for m in models if m != TOWERS],
@@ -240,7 +244,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TABLES, default=[*TABLES], metavar="TABLE")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="instead of all")
     parser.add_argument("--render", action="store_true", help="from the data in --out alone")
+    parser.add_argument("--weights", type=Path, help="where the paper's models lie")
+    parser.add_argument("--data", help=f"NAME:FOLDER,... of {', '.join(full.DATA)}")
+    parser.add_argument("--files", action="store_true", help="list what is there, measure nothing")
     given = parser.parse_args()
+    if given.weights or given.data or given.files:
+        _full(given, parser)
+        return
     if given.render:
         render(given.out)
         return
@@ -253,6 +263,28 @@ def main() -> None:
             parser.error(f"no model {', '.join(unknown)}; there are {', '.join(WHOLE.models)}")
         setup = replace(setup, models=tuple(given.models))
     failing = run(setup, given.out, given.cache, given.only)
+    if failing:
+        sys.exit(f"Libra FullGrad breaks its completeness bound on: {'; '.join(failing)}")
+
+
+def _full(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The paper's own scale."""
+    if not (given.weights and given.data):
+        parser.error("--weights and --data belong together")
+    models = given.models or [*full.TIMM]
+    if unknown := {*models} - {*full.TIMM}:
+        parser.error(f"no model {', '.join(unknown)}; there are {', '.join(full.TIMM)}")
+    try:
+        data = full.folders(given.data)
+    except FullgradError as error:
+        parser.error(str(error))
+    needed = full.files(given.weights, data, models)
+    if given.files or not all(f.there for f in needed):
+        print(full.listing(needed))
+        sys.exit(0 if all(f.there for f in needed) else 1)
+    setup = replace(SMALL if given.smoke else WHOLE, models=tuple(models), ablated="eva2")
+    out = RESULTS.parent / "full" if given.out == RESULTS else given.out
+    failing = full.run_full(setup, given.weights, data, out, given.cache, given.images)
     if failing:
         sys.exit(f"Libra FullGrad breaks its completeness bound on: {'; '.join(failing)}")
 
