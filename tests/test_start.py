@@ -22,7 +22,7 @@ EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text
 IMPORTED = {"pillow": "PIL", "scikit-learn": "sklearn"}
 MODULES = {
     IMPORTED.get(name, name): (name, extra)
-    for extra in ("vision", "plots", "methods", "measure", "fuzz")
+    for extra in ("vision", "plots", "methods", "measure", "fuzz", "text")
     for name in (re.split(r"[<>=]", line)[0] for line in EXTRAS[extra])
 }
 LATE = {*MODULES, "ortools", "pandas", "typer", "rich"}

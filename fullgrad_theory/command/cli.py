@@ -259,17 +259,29 @@ def verify(
 
 @app.command(cls=Reporting)
 def explain(
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image file.")],
     name: Annotated[
         str,
-        typer.Option("--model", metavar="NAME", help="The model, as the other commands take it."),
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="The model, as the other commands take it; of text a transformers folder on disk, "
+            "whose weights are random where it has none.",
+        ),
     ],
+    image: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="An image file.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="A text, in place of an image.")] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", callback=fits_picture, help="Write the picture there.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out", "-o", callback=fits_picture, help="Write the picture, or the page, there."
+        ),
+    ] = None,
     method: Annotated[
-        list[str], typer.Option(callback=fit_methods, help="A method, once for each.")
-    ] = ["fullgrad+"],  # noqa: B006
+        list[str] | None,
+        typer.Option(callback=fit_methods, help="A method, once for each."),
+    ] = None,
     policy: Annotated[
         list[str],
         typer.Option(
@@ -279,21 +291,45 @@ def explain(
         ),
     ] = ["libra"],  # noqa: B006
     target: Annotated[
-        int | None, typer.Option(help="The class to explain; the prediction where left out.")
+        str | None,
+        typer.Option(
+            help="The class to explain, of text also by its label, or the token; the prediction "
+            "where left out."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Of text: why the target rather than this one.")
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            help="Of text: at which token, where each has scores; else at the mask, or the last."
+        ),
     ] = None,
     inputs: Inputs = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
     device: Device = None,
+    output: Output = None,
     traceback: Traceback = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Draw what an image's places contribute to a class: methods x policies in one picture."""
-    from . import explaining, making
+    """Show what an image's places or a text's words contribute, methods and policies beside."""
+    from . import making
 
-    chosen = making.Chosen(name, inputs, weights, pretrained, device)
-    explaining.explain(chosen, image, method, policy, target, out, traceback)
+    asked = making.Wanted(output, target, against, position)
+    if text is None:
+        from . import explaining
+
+        chosen = making.Chosen(name, inputs, weights, pretrained, device)
+        methods = method or ["fullgrad+"]
+        explaining.explain(chosen, image, methods, policy, asked, out, traceback)
+    else:
+        from . import telling
+
+        methods = method or ["fullgrad"]
+        telling.tell(text, Path(name), image, methods, policy, asked, out, traceback)
 
 
 @app.command()

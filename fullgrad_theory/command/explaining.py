@@ -14,7 +14,9 @@ from ..attribution.map import Map
 from ..bars import progress
 from ..errors import InputError
 from ..extras import require
-from .making import Chosen, create, inputs_of
+from .checking import Asked
+from .making import Chosen, Wanted, create, inputs_of
+from .options import PAGE
 from .page import judging, show, table
 from .picture import class_name, draw, read, see
 from .writing import withdraw
@@ -22,18 +24,24 @@ from .writing import withdraw
 
 def explain(
     chosen: Chosen,
-    image: Path,
+    image: Path | None,
     methods: list[str],
     policies: list[str],
-    target: int | None,
-    out: Path,
+    wanted: Wanted,
+    out: Path | None,
     traceback: bool = False,
 ) -> None:
     """Draw the maps of an image into one picture, and print what they leave over."""
     with judging(traceback=traceback):
+        if image is None or out is None:
+            missing = "an image, or --text" if image is None else "--out, the picture to write"
+            raise InputError(f"nothing to explain: name {missing}")
+        target = _class(wanted)
+        if out.suffix == PAGE:
+            raise InputError(f"{str(out)!r}: an image's maps are drawn as a picture, not as a page")
         if out.resolve() == image.resolve():
             raise InputError(f"{str(out)!r} is the image itself; name another file to write to")
-        place = withdraw(out) or out
+        place, asked = withdraw(out) or out, Asked(wanted.output)
         for module, extra in (("timm", "vision"), ("matplotlib", "plots")):
             require(module, extra)  # before there is work to be lost
         opened = read(image)
@@ -46,7 +54,7 @@ def explain(
         with progress("explaining") as tick:
             for done, edits in enumerate(policies):
                 tick(edits, done, len(policies))
-                explainer = Explainer(model, example, edits)
+                explainer = Explainer(model, example, edits, output=asked.keywords["output"])
                 for method, found in explainer(seen.pixels, methods, target).items():
                     maps[method][edits] = found
         with torch.no_grad():
@@ -58,6 +66,16 @@ def explain(
         title = f"{chosen.name}{weights}: {meant}, value {float(one.output[0]):.4g}{share}"
         draw(seen, maps, title, place)
     show(Text(title), _errors(maps), Text(f"written to {out}"))
+
+
+def _class(wanted: Wanted) -> int | None:
+    """An image's target, a number; the rest of what may be asked is for texts."""
+    for name in ("against", "position"):
+        if getattr(wanted, name) is not None:
+            raise InputError(f"--{name} is for --text")
+    if wanted.target is None or wanted.target.isdecimal():
+        return None if wanted.target is None else int(wanted.target)
+    raise InputError(f"--target {wanted.target!r}: name an image's class by its number")
 
 
 def _errors(maps: Mapping[str, Mapping[str, Map]]) -> Table:

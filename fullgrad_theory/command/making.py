@@ -35,6 +35,20 @@ class Chosen:
         return not (is_target(self.name) or self.pretrained or self.weights)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What of an output is explained, as the command line says it; None is the prediction.
+
+    `target` rather than `against`, of the output of that name. `position`: of a token, where each
+    has scores, counted from the end if negative.
+    """
+
+    output: str | None = None
+    target: str | None = None
+    against: str | None = None
+    position: int | None = None
+
+
 def create(chosen: Chosen, otherwise: str = "cpu") -> Model:
     """A model in eval mode: timm's with seeded random weights or loaded ones, or the user's own.
 
@@ -55,7 +69,7 @@ def _timm(chosen: Chosen, otherwise: str) -> nn.Module:
         error = unknown_name("model", chosen.name, timm.list_models())
         raise type(error)(f"{error}; one of your own is package.module:attribute")
     with torch.device("meta" if meta else "cpu"):
-        model = _loaded(timm.create_model, chosen.name, pretrained=chosen.pretrained)
+        model = loaded(timm.create_model, chosen.name, pretrained=chosen.pretrained)
     _weights(model, chosen.weights)
     created: nn.Module = model.to(device, getattr(torch, chosen.dtype or Dtype.FLOAT32))
     return created.eval()
@@ -73,17 +87,17 @@ def _own(chosen: Chosen) -> Model:
         return model
     _weights(model, chosen.weights)
     cast = getattr(torch, chosen.dtype) if chosen.dtype else None
-    return _loaded(lambda moved, _: moved.to(chosen.device, cast), model, name)
+    return loaded(lambda moved, _: moved.to(chosen.device, cast), model, name)
 
 
 def _weights(model: nn.Module, file: Path | None) -> None:
     """By timm's loader, which knows safetensors and nested checkpoints."""
     if file is not None:
         timm = require("timm.models", "vision")
-        _loaded(timm.load_checkpoint, model, str(file), weights_only=True)
+        loaded(timm.load_checkpoint, model, str(file), weights_only=True)
 
 
-def _loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
+def loaded(load: Any, *args: Any, **kwargs: Any) -> Any:
     """Whatever timm, its download or a checkpoint raises is the user's error, in one line."""
     try:
         return load(*args, **kwargs)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 """of pictures, by the end of the file's name"""
+PAGE = ".html"
+"""the same of a page"""
 
 
 class Unknown(StrEnum):
@@ -153,8 +155,10 @@ def fit_policies(names: list[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if fits_policy(name)]
 
 
-def fit_methods(names: list[str]) -> list[str]:
+def fit_methods(names: list[str] | None) -> list[str] | None:
     """Names of methods, each once."""
+    if not names:
+        return None
     from ..attribution.methods import METHODS
 
     for name in names:
@@ -195,11 +199,12 @@ def writable(path: Path | None) -> Path | None:
     return path
 
 
-def fits_picture(path: Path) -> Path:
-    """A file that can be written, in one of `FORMATS`."""
-    if path.suffix.lower() not in FORMATS:
-        raise typer.BadParameter(f"{path.name!r}: name a file that ends in {', '.join(FORMATS)}")
-    return writable(path) or path
+def fits_picture(path: Path | None) -> Path | None:
+    """A file that can be written, in one of `FORMATS`, or a page."""
+    endings = (*FORMATS, PAGE)
+    if path is not None and path.suffix.lower() not in endings:
+        raise typer.BadParameter(f"{path.name!r}: name a file that ends in {', '.join(endings)}")
+    return writable(path)
 
 
 def fits_folder(path: Path | None) -> Path | None:

@@ -1,0 +1,124 @@
+"""`explain --text`: words with what they contribute, in a terminal and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InputError
+from ..files import write_whole
+from ..pages import filled
+from .making import Wanted
+from .options import PAGE
+from .page import judging, show, table
+from .passage import Passage, entry, passage, reader
+from .tokenmaps import METHODS, TokenMap, token_maps
+from .writing import withdraw
+
+_FOR, _AGAINST = (178, 24, 43), (33, 102, 172)
+"""the ends of the diverging scale RdBu, which all kinds of colour vision tell apart"""
+
+
+def tell(
+    text: str,
+    folder: Path,
+    image: Path | None,
+    methods: list[str],
+    policies: list[str],
+    wanted: Wanted,
+    out: Path | None,
+    traceback: bool = False,
+) -> None:
+    """Print the words' contributions under each method and policy, and write them as a page."""
+    with judging(traceback=traceback):
+        if image is not None:
+            raise InputError("name an image or a --text, not both")
+        if others := [method for method in methods if method not in METHODS]:
+            raise InputError(f"{others[0]} is for images; for text there is {', '.join(METHODS)}")
+        if out is not None and out.suffix.lower() != PAGE:
+            raise InputError(f"{str(out)!r}: a text is written as a page; name a file.html")
+        out = withdraw(out)
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder} is no folder of a transformers model: it has no config.json"
+            )
+        read = reader(folder)
+        words = passage(text, read.tokenizer)
+        at = entry(wanted, read, words)
+        maps = token_maps(read, words, at, methods, policies)
+        weights = " (random weights)" if read.untrained else ""
+        title = f"{folder.resolve().name}{weights}: {at.words}, value {maps[0].output:.4g}"
+        if out is not None:
+            write_whole(out, to_html(title, words, maps))
+    lines = [Text(f"written to {out}")] if out is not None else []
+    show(Text(title), _table(words, maps), *lines)
+
+
+def _table(words: Passage, maps: Sequence[TokenMap]) -> Table:
+    made = table("word", *(f"{one.method}, {one.policy}" for one in maps))
+    for column in made.columns[1:]:
+        column.justify = "right"
+    reach = [_reach(words, one) for one in maps]
+    for piece in words.pieces:
+        cells = [
+            Text(f"{one.of(piece):+.3g}", style=_style(one.of(piece) / most))
+            for one, most in zip(maps, reach, strict=True)
+        ]
+        made.add_row(Text(piece.text, style="dim" if piece.special else ""), *cells)
+    made.add_section()
+    for name, figures in _ends(maps):
+        made.add_row(Text(name, style="dim"), *figures)
+    return made
+
+
+def _ends(maps: Sequence[TokenMap]) -> Iterator[tuple[str, list[str]]]:
+    """What is no word's, and how much of the output all of it misses."""
+    rest = ["" if one.rest is None else f"{one.rest:+.3g}" for one in maps]
+    error = ["" if one.error is None else f"{one.error:.2g}" for one in maps]
+    if any(rest):
+        yield "biases beside", rest
+        yield "completeness error", error
+
+
+def _reach(words: Passage, one: TokenMap) -> float:
+    return max(abs(one.of(piece)) for piece in words.pieces) or 1.0
+
+
+def _colour(strength: float) -> tuple[int, int, int]:
+    """White at 0, red for the target, blue against it; pale enough for black letters."""
+    end, share = (_FOR if strength > 0 else _AGAINST), 0.6 * min(1.0, abs(strength))
+    red, green, blue = (round(255 + (c - 255) * share) for c in end)
+    return red, green, blue
+
+
+def _style(strength: float) -> str:
+    return "black on rgb({},{},{})".format(*_colour(strength))
+
+
+def to_html(title: str, words: Passage, maps: Sequence[TokenMap]) -> str:
+    """A page with the text once for each map; a word has its contribution beneath it."""
+    shown: list[dict[str, Any]] = []
+    for one in maps:
+        reach = _reach(words, one)
+        shown.append(
+            {
+                "name": f"{one.method}, {one.policy}",
+                "rest": "" if one.rest is None else f"{one.rest:+.3g}",
+                "error": "" if one.error is None else f"{one.error:.2g}",
+                "words": [
+                    {
+                        "text": piece.text,
+                        "special": piece.special,
+                        "value": f"{one.of(piece):+.3g}",
+                        "colour": "rgb({},{},{})".format(*_colour(one.of(piece) / reach)),
+                        "tokens": len(piece.places),
+                    }
+                    for piece in words.pieces
+                ],
+            }
+        )
+    return filled("text.html", title=title, maps=shown)
