@@ -11,6 +11,7 @@ import torch
 from browser import browsing, opened
 from typer.testing import CliRunner
 
+from fullgrad_theory.command import telling
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.command.making import Wanted
 from fullgrad_theory.command.passage import Passage, Reader, entry, passage, reader
@@ -101,6 +102,7 @@ def test_what_is_meant(folders: Path) -> None:
         "negative rather than positive"
     )
     assert meant("llama", target="he") == ((8, 14), "logits: 'he' (14), at token 8 (##ful)")
+    assert meant("llama", target="29")[1].startswith("logits: entry 29, at")  # no token of it
     assert meant("llama", target="he", position=-9)[0] == (0, 14)
     assert meant("mask", "the [MASK] was good", target="film")[0] == (2, 6)
     assert meant("qa", target="2") == ((2,), "start logits: 'film' (token 2)")
@@ -173,6 +175,21 @@ def test_side_by_side(folders: Path, tmp_path: Path) -> None:
                 assert shown.locator("b").count() == 0 and "<b>" in shown.inner_text("main")
 
 
+@pytest.mark.slow
+def test_a_picture_has_a_bar_a_word(folders: Path, tmp_path: Path) -> None:
+    read, words = open_folder(folders / "bert", "The film costs 5$ or 6$")
+    at = entry(Wanted(target="positive"), read, words)
+    maps = token_maps(read, words, at, ["fullgrad"], ["plain", "libra"])
+    figure = telling.draw(words, maps, "a title", tmp_path / "words.png")
+    assert (tmp_path / "words.png").read_bytes().startswith(b"\x89PNG")
+    for axis, found in zip(figure.axes, maps, strict=True):
+        drawn = [bar.get_width() for bar in axis.patches]
+        assert drawn == pytest.approx([found.of(piece) for piece in words.pieces])
+        assert f"completeness error {found.error:.2g}" in axis.get_title()
+    shown = [label.get_text().replace("\\", "") for label in figure.axes[0].get_yticklabels()]
+    assert shown == [piece.text for piece in words.pieces]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,7 +198,7 @@ def test_side_by_side(folders: Path, tmp_path: Path) -> None:
         (("bert", "--target", "2"), "no entry 2 among 2"),
         (("bert", "--output", "hidden"), "there is logits"),
         (("bert", "--position", "1"), "score each token"),
-        (("bert", "-o", "text.png"), "name a file.html"),
+        (("bert", "-o", "text.doc"), "name a file that ends in"),
         (("llama", "--position", "9"), "no position 9 among 9 tokens"),
         (("llama", "--target", "wonderful"), "3 tokens"),
         (("qa", "--target", "film"), "by its place, 0 to 10"),

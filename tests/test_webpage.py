@@ -253,6 +253,16 @@ def test_kinds_are_told_apart_without_colour() -> None:
         assert len({getattr(kind, part) for kind in KINDS.values()}) == len(KINDS)
 
 
+def test_the_page_of_what_could_not_be_judged(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("of an earlier run")
+    done = CliRunner().invoke(app, ["check", "no.such:model", "--html", str(page)])
+    assert done.exit_code == 2
+    assert "COULD NOT BE JUDGED" in page.read_text() and "no module" in page.read_text()
+    done = CliRunner().invoke(app, ["check", "x", "--policy", "libre", "--html", str(page)])
+    assert done.exit_code == 2 and not page.exists()
+
+
 # --------------------------------------------------------------------------- Model Explorer
 
 

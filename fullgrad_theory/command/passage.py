@@ -215,7 +215,8 @@ class _Names:
     def called(self, place: int) -> str:
         """An entry in words."""
         if self.vocabulary is not None:
-            return f"{self.vocabulary.convert_ids_to_tokens(place)!r} ({place})"
+            token = self.vocabulary.convert_ids_to_tokens(place)
+            return f"entry {place}" if token is None else f"{token!r} ({place})"  # rows to spare
         if self.own:
             return f"{self.own[place]!r} (token {place})"
         names = {index: name for name, index in self.labels.items()}

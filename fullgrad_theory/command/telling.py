@@ -1,4 +1,4 @@
-"""`explain --text`: words with what they contribute, in a terminal and as a page."""
+"""`explain --text`: words with what they contribute, in a terminal, as a page and as a picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
-from ..files import write_whole
+from ..extras import require
+from ..files import whole, write_whole
 from ..pages import filled
 from .making import Wanted
 from .options import PAGE
@@ -33,14 +34,15 @@ def tell(
     out: Path | None,
     traceback: bool = False,
 ) -> None:
-    """Print the words' contributions under each method and policy, and write them as a page."""
+    """Print the words' contributions under each method and policy, and write them down."""
     with judging(traceback=traceback):
         if image is not None:
             raise InputError("name an image or a --text, not both")
         if others := [method for method in methods if method not in METHODS]:
             raise InputError(f"{others[0]} is for images; for text there is {', '.join(METHODS)}")
-        if out is not None and out.suffix.lower() != PAGE:
-            raise InputError(f"{str(out)!r}: a text is written as a page; name a file.html")
+        drawn = out is not None and out.suffix.lower() != PAGE
+        if drawn:
+            require("matplotlib", "plots")  # before there is work to be lost
         out = withdraw(out)
         if not (folder / "config.json").is_file():
             raise InputError(
@@ -52,7 +54,9 @@ def tell(
         maps = token_maps(read, words, at, methods, policies)
         weights = " (random weights)" if read.untrained else ""
         title = f"{folder.resolve().name}{weights}: {at.words}, value {maps[0].output:.4g}"
-        if out is not None:
+        if out is not None and drawn:
+            draw(words, maps, title, out)
+        elif out is not None:
             write_whole(out, to_html(title, words, maps))
     lines = [Text(f"written to {out}")] if out is not None else []
     show(Text(title), _table(words, maps), *lines)
@@ -122,3 +126,30 @@ def to_html(title: str, words: Passage, maps: Sequence[TokenMap]) -> str:
             }
         )
     return filled("text.html", title=title, maps=shown)
+
+
+def draw(words: Passage, maps: Sequence[TokenMap], title: str, path: Path) -> Any:
+    """A picture with a bar a word, read from above, and a panel a map; returns the figure."""
+    agg = require("matplotlib.backends.backend_agg", "plots")
+    figures = require("matplotlib.figure", "plots")
+    size = (1.6 + 2.4 * len(maps), 1.1 + 0.24 * len(words.pieces))
+    figure = figures.Figure(figsize=size, layout="constrained")
+    agg.FigureCanvasAgg(figure)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=9, wrap=True)
+    (panels,) = figure.subplots(1, len(maps), sharey=True, squeeze=False)
+    rows = range(len(words.pieces))
+    for axis, one in zip(panels, maps, strict=True):
+        values, reach = [one.of(piece) for piece in words.pieces], _reach(words, one)
+        colours = [tuple(c / 255 for c in (_FOR if value > 0 else _AGAINST)) for value in values]
+        axis.barh(rows, values, color=colours)
+        axis.set_xlim(-1.1 * reach, 1.1 * reach)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.ticklabel_format(axis="x", scilimits=(-2, 3))
+        axis.tick_params(labelsize=7)
+        axis.xaxis.get_offset_text().set_fontsize(6)
+        error = "" if one.error is None else f"\ncompleteness error {one.error:.2g}"
+        axis.set_title(f"{one.method}, {one.policy}{error}", fontsize=7)
+    panels[0].set_yticks(rows, [piece.text.replace("$", r"\$") for piece in words.pieces])
+    panels[0].invert_yaxis()
+    whole(path, lambda beside: figure.savefig(beside, dpi=150))
+    return figure
