@@ -31,6 +31,7 @@ from fullgrad_theory.errors import InputError, UnknownNameError
 GRADIENT = [name for name, method in METHODS.items() if method.function is not None]
 LAST_ATTENTION = ["raw-attention", "attention-gradient", "attention-x-gradient"]
 ATTENTION = ["attcat", "genatt", "tokentm", "legrad", "gradsam", "rollout", *LAST_ATTENTION]
+VECTORS = ["globenc", "alti"]
 
 
 def shaken(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -130,7 +131,7 @@ class Reference:
     """All methods from one run of `Slow`; maps have shape (B, 2, 3)."""
 
     def __init__(self, model: nn.Module, image: Tensor, target: list[int], libra: bool) -> None:
-        self.slow = Slow(model, libra)
+        self.slow, self.model = Slow(model, libra), model
         self.image = image.clone().requires_grad_()
         logits = self.slow.run(self.image)
         torch.testing.assert_close(logits, model(image))  # it is the same model
@@ -280,6 +281,36 @@ class Reference:
         eye = torch.eye(grads[0].shape[-1], dtype=self.image.dtype)
         pairs = zip(self.slow.attention, grads, strict=True)
         return self.grid(self.relevance([eye + (a * g).clamp(min=0).mean(1) for a, g in pairs]))
+
+    def vectors(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Pair by pair: T_ij = sum_h A_ij W_O^h v_j + [i = j] x_i, and the sum y_i."""
+        layers = []
+        s = self.slow
+        for block, x, a, y in zip(self.model.blocks, s.inputs, s.attention, s.middles, strict=True):
+            batch, n, dim = x.shape
+            v = block.attn.qkv(block.norm1(x))[..., 2 * dim :]
+            wide = dim // block.attn.num_heads
+            layer = torch.zeros(batch, n, n, dtype=x.dtype)
+            for i in range(n):
+                for j in range(n):
+                    given = x[:, i].clone() if i == j else torch.zeros(batch, dim, dtype=x.dtype)
+                    for h in range(block.attn.num_heads):
+                        at = slice(h * wide, (h + 1) * wide)
+                        moved = v[:, j, at] @ block.attn.proj.weight[:, at].T
+                        given = given + a[:, h, i, j, None] * moved
+                    layer[:, i, j] = of(given, y[:, i])
+            layers.append(layer / layer.sum(-1, keepdim=True))
+        return self.grid(self.relevance(layers))
+
+    def globenc(self) -> Tensor:
+        """Modarressi et al. 2022, of norms before the sub-layers: |T_ij| and the residual alone."""
+        return self.vectors(lambda given, y: given.norm(dim=-1))
+
+    def alti(self) -> Tensor:
+        """Ferrando et al. 2022, equations 8 and 9."""
+        return self.vectors(
+            lambda given, y: (y.abs().sum(-1) - (y - given).abs().sum(-1)).clamp(min=0)
+        )
 
     def tokentm(self) -> Tensor:
         s = self.slow
@@ -552,7 +583,8 @@ def test_every_architecture(name: str) -> None:
     explainer = Explainer(graph, policy="libra")
     assert explainer.grid == grid
     has_attention = name not in ("mixer", "gmixer", "convnext", "resnet")
-    names = [n for n in GRADIENT if has_attention or n not in ATTENTION]
+    names = [n for n in GRADIENT if has_attention or n not in (*ATTENTION, *VECTORS)]
+    names = [n for n in names if name != "swin" or n not in VECTORS]  # windows
     assert set(explainer.applying()) == {*names, "random", "integrated-gradients", "smoothgrad"}
     found = explainer(x, names, [4, 0])
     torch.testing.assert_close(found["fullgrad"].output, model(x)[[0, 1], [4, 0]])
@@ -702,7 +734,7 @@ def test_all_gradient_methods_share_one_forward_and_one_backward() -> None:
     model, x = vit(reg_tokens=1).eval(), images(2, 3, 32, 48, dtype=torch.float32)
     explainer = Explainer(model, x, "libra")
     with Counting() as counted:
-        assert len(explainer(x, GRADIENT, 1)) == len(GRADIENT) == 22
+        assert len(explainer(x, GRADIENT, 1)) == len(GRADIENT) == 24
     assert (counted.forward, counted.backward) == (1, 1)
     with Counting() as counted:
         explainer(x, "random")
@@ -909,6 +941,15 @@ def test_an_attention_method_without_attention_names_those_that_apply() -> None:
         InputError, match=r"genatt needs attention.*methods that apply: .*fullgrad\+"
     ):
         explain(model, x, "genatt")
+
+
+def test_vectors_through_a_norm_are_refused() -> None:
+    """Behind attention, before the sum: what a token gives another one is no sum there."""
+    model = shaken(vit(depth=1, block_fn=timm.models.vision_transformer.ResPostBlock))
+    x = images(1, 3, 32, 48)
+    for method in VECTORS:
+        with pytest.raises(InputError, match=r"is not linear.*without a norm between"):
+            explain(model, x, method)
 
 
 def test_unknown_methods_targets_and_images() -> None:

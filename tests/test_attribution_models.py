@@ -23,7 +23,12 @@ from fullgrad_theory.errors import InputError
 pytestmark = pytest.mark.slow
 
 GRADIENT = [name for name, method in METHODS.items() if method.function is not None]
-ATTENTION = ["attcat", "genatt", "tokentm", "legrad", "raw-attention", "rollout"]
+ATTENTION = [
+    "attcat", "genatt", "tokentm", "legrad", "gradsam", "raw-attention", "attention-gradient",
+    "attention-x-gradient", "rollout",
+]  # fmt: skip
+VECTORS = ["globenc", "alti"]  # of one sequence, and one attention a step
+SEQUENCES = ("pit", "cait", "convit")
 ON_STREAM = ["attcat", "genatt", "tokentm", "rollout"]
 
 
@@ -124,6 +129,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], list[str]]] = 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_applies_runs_and_what_does_not_is_an_error(name: str) -> None:
     build, size, lacking = MODELS[name]
+    lacking = lacking if name in SEQUENCES else [*lacking, *VECTORS]
     x = images(2, 3, *size)
     explainer = Explainer(build(), x)
     names = [n for n in GRADIENT if n in explainer.applying()]

@@ -24,7 +24,7 @@ from ..plan.plan import Plan
 from .layouts import Cell
 from .map import Map, MethodResult
 from .methods import METHODS, Method
-from .run import Need, chosen_of, counted, gather
+from .run import OF_ATTENTION, Need, chosen_of, counted, gather
 from .sampled import Sampling, Score
 from .structure import Anatomy, anatomy
 
@@ -100,7 +100,7 @@ class Explainer:
 
     def _lacks(self, method: Method) -> str | None:
         found, needs = self.anatomy, method.needs
-        attention = needs & {Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS}
+        attention = needs & OF_ATTENTION
         if attention and not found.attention:
             return f"attention between tokens in a form that is recognised ({found.forms})"
         if needs & {Need.BLOCKS, *attention} and not found.blocks:
@@ -109,6 +109,8 @@ class Explainer:
             return "attention in blocks whose output is as the last one's"
         if Need.STREAM in needs and all(site.step is None for site in found.attention):
             return str(Need.STREAM)
+        if Need.VECTORS in needs and not found.plain:
+            return str(Need.VECTORS)
         if Need.STEADY in needs and not found.steady:
             return str(Need.STEADY)
         return None

@@ -22,10 +22,12 @@ from .products import (
     xgradcam_plus,
 )
 from .relevance import (
+    alti,
     attcat,
     attention_gradient,
     attention_x_gradient,
     genatt,
+    globenc,
     gradsam,
     legrad,
     raw_attention,
@@ -74,7 +76,7 @@ def _one_pass(
 
 _IMAGE, _BLOCKS, _BIASES = Need.IMAGE, Need.BLOCKS, Need.BIASES
 _ATTENTION, _GRADIENT, _LAYERS = Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS
-_STREAM, _STEADY = Need.STREAM, Need.STEADY
+_STREAM, _STEADY, _VECTORS = Need.STREAM, Need.STEADY, Need.VECTORS
 _ROWS = (
     _one_pass("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, _IMAGE),
     _one_pass("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, _BLOCKS),
@@ -98,6 +100,8 @@ _ROWS = (
     _one_pass("attention-gradient", "Serrano & Smith, ACL 2019", attention_gradient, _GRADIENT),
     _one_pass("attention-x-gradient", "Serrano & Smith, ACL 2019", attention_x_gradient, _GRADIENT),
     _one_pass("rollout", "Abnar & Zuidema 2020", rollout, _ATTENTION, _STREAM),
+    _one_pass("globenc", "Modarressi et al., NAACL 2022", globenc, _BLOCKS, _VECTORS, _STREAM),
+    _one_pass("alti", "Ferrando et al., EMNLP 2022", alti, _BLOCKS, _VECTORS, _STREAM),
     Method("random", "", sampled=random_normal),
     Method("integrated-gradients", "Sundararajan et al. 2017", sampled=integrated_gradients),
     Method("smoothgrad", "Smilkov et al. 2017", sampled=smoothgrad),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .layouts import Cell, Layout, regrid, scatter
 from .map import MethodResult
 from .products import TINY, summed, token_products
-from .run import Record, Weights
+from .run import Record, Vectors, Weights
 from .structure import Attention
 
 
@@ -197,6 +197,34 @@ def rollout(r: Record) -> MethodResult:
 def genatt(r: Record) -> MethodResult:
     """The product over layers of I + mean_heads max(A dL/dA, 0), at the row the output reads."""
     return _carried(r, _relevance)
+
+
+# --------------------------------------------------------------------------- vectors
+
+
+def _mixed(r: Record, of: Callable[[Vectors], Tensor]) -> MethodResult:
+    """The product over layers of matrices whose rows are made to sum to 1, at the row that the
+    output reads; residual branches are in the matrices."""
+    row = _start(r, _mean)
+    for v in reversed(r.vectors):
+        site, matrix = v.site, of(v)
+        share = matrix / matrix.sum(-1, keepdim=True).clamp(min=TINY)
+        tokens = row.onto(site.query_layout, site.query_cells)
+        row = _Row(
+            (tokens[:, None] @ share[:, 0].to(tokens))[:, 0], site.key_layout, site.key_cells
+        )
+    site = r.vectors[0].site
+    return MethodResult(site.key_canvas(row.tokens), site.key_layout.cell)
+
+
+def globenc(r: Record) -> MethodResult:
+    """The product of |T_ij| / sum_k |T_ik|, T the vectors that tokens give each other."""
+    return _mixed(r, lambda v: v.norm)
+
+
+def alti(r: Record) -> MethodResult:
+    """The product of max(|y_i|_1 - |y_i - T_ij|_1, 0), rows made to sum to 1."""
+    return _mixed(r, lambda v: v.near)
 
 
 # --------------------------------------------------------------------------- TokenTM

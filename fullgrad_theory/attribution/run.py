@@ -34,7 +34,11 @@ class Need(StrEnum):
     LAYERS = "the output as each layer would have it"
     BIASES = "biases"
     STREAM = "attention whose queries are the tokens of the residual stream"
+    VECTORS = "attention over one sequence, added to its tokens without a norm between"
     STEADY = "residual branches that keep the number of tokens and channels"
+
+
+OF_ATTENTION = frozenset({Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS, Need.VECTORS})
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ class Weights:
     site: Attention
     map: Tensor
     gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a token gives another one in a sub-layer of attention, (batch, 1, queries, keys), of the
+    vectors T_ij = A_ij v_j W + [i = j] x_i, W what the sub-layer does with values: their `norm`,
+    and how `near` each is to the sum of all, max(|y_i|_1 - |y_i - T_ij|_1, 0)."""
+
+    site: Attention
+    norm: Tensor
+    near: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Record:
     biases: Mapping[Cell, Tensor] = field(default_factory=dict)
     bias_total: Tensor | None = None
     later: Mapping[Cell, Tensor] = field(default_factory=dict)
+    vectors: tuple[Vectors, ...] = ()
 
     def on_canvas(self, node: str, tokens: Tensor) -> tuple[Cell, Tensor]:
         """One number a token of a stream node, (batch, tokens), as its cell and (batch, h, w)."""
@@ -88,11 +104,12 @@ def gather(
     Attention's gradient is taken at the product of weights and values, so that it is there where a
     policy prunes the weights and where the kernel is fused; the forward is not touched.
     """
-    wants_attention = {Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS} & set(needs)
+    wants_attention = OF_ATTENTION & set(needs)
     sites = anatomy.attention if wants_attention else ()
     stream = anatomy.stream if {Need.BLOCKS, *wants_attention} & set(needs) else {}
     run = _Gathering(balanced, labels, anatomy, {*stream}, sites, Need.BIASES in needs)
-    run.garbage_collect_values = Need.LAYERS not in needs  # the head is run again
+    # the head is run again, or what follows each attention
+    run.garbage_collect_values = not {Need.LAYERS, Need.VECTORS} & set(needs)
     with torch.enable_grad():
         output = float_leaves(run.run(image, enable_io_processing=False))[0]
         chosen = chosen_of(output, target)
@@ -121,6 +138,7 @@ def gather(
         run.biases,
         run.bias_total,
         run.later,
+        tuple(_vectors(run, sites)) if Need.VECTORS in needs else (),
     )
 
 
@@ -216,16 +234,23 @@ class _Gathering(Run):
         self, site: Attention, g: Tensor, operands: dict[str, Any] | None = None
     ) -> Weights:
         """An attention's map, recomputed where it is fused, and its gradient g v^T."""
+        g = site.rows(g)
+        attention, values = self.attended(site, g, operands)
+        gradient = g.to(attention) @ values.to(attention).mT
+        return Weights(site, _by_window(site, attention), _by_window(site, gradient))
+
+    def attended(
+        self, site: Attention, rows: Tensor, operands: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The weights (..., q, k) and values (..., k, c) of a product (..., q, c) like `rows`."""
         given = self.operands[site.node] if operands is None else operands
         if site.fused:
             attention, values = _softmax(given), given["value"]
         else:
             attention, values = site.operands(given)
-        g = site.rows(g)
-        if values.dim() > 2 and values.shape[-3] != g.shape[-3]:  # grouped or shared heads
-            values = values.repeat_interleave(g.shape[-3] // values.shape[-3], -3)
-        gradient = g.to(attention) @ values.to(attention).mT
-        return Weights(site, _by_window(site, attention), _by_window(site, gradient))
+        if values.dim() > 2 and values.shape[-3] != rows.shape[-3]:  # grouped or shared heads
+            values = values.repeat_interleave(rows.shape[-3] // values.shape[-3], -3)
+        return attention, values
 
 
 def _by_window(site: Attention, weights: Tensor) -> Tensor:
@@ -279,6 +304,54 @@ def _layers(run: _Gathering, sites: Sequence[Attention], chosen: Chosen) -> Iter
             yield run.weights(site, g, operands)
 
 
+@torch.no_grad()
+def _vectors(run: _Gathering, sites: Sequence[Attention]) -> Iterator[Vectors]:
+    """Each attention with what its keys give to its queries: the product is run again for one key
+    at a time, through the layers behind it up to the sum with the tokens. Only norms are kept.
+
+    Raises `InputError` where these layers are not linear, as behind a norm.
+    """
+    nodes = list(run.graph.nodes)
+    places = {n.name: i for i, n in enumerate(nodes)}
+    for site in sites:
+        if site.step is None:
+            continue
+        step = run.anatomy.steps[site.step]
+        before, after = (run.anatomy.stream[n] for n in (step.before, step.after))
+        first, last = places[site.node], places[step.after]
+        order = torch.tensor(site.product.orders[2]).argsort().tolist()
+        rows = site.rows(run.kept[site.node])
+        attention, values = run.attended(site, rows)
+
+        def through(product: Tensor) -> Tensor:
+            states = {nodes[first]: product.permute(order).to(run.kept[site.node])}  # noqa: B023
+            for n in nodes[first + 1 : last + 1]:  # noqa: B023
+                _again(run, n, states)
+            return after.tokens(states[nodes[last]])  # noqa: B023
+
+        x, y = before.tokens(run.kept[step.before]), after.tokens(run.kept[step.after])
+        rest, total, found = through(torch.zeros_like(rows)), torch.zeros_like(y), []
+        for key in range(attention.shape[-1]):
+            pair = slice(key, key + 1)
+            vector = through(attention[..., pair] * values[..., pair, :]) - rest
+            total += vector
+            vector[:, key] += x[:, key]
+            away = (y - vector).abs().sum(-1)
+            found.append((vector.norm(dim=-1), (y.abs().sum(-1) - away).relu()))
+        scale = float(y.abs().max())
+        if float((total + rest - y).abs().max()) > 1e-3 * scale:
+            raise InputError(f"what follows {site.node} is not linear: {Need.VECTORS} is needed")
+        norm, near = (torch.stack(t, -1)[:, None] for t in zip(*found, strict=True))
+        yield Vectors(site, norm, near)
+
+
+def _again(run: _Gathering, n: fx.Node, states: dict[fx.Node, Any]) -> None:
+    """Run a node on other values, where it reads any of them."""
+    if n.op == "call_function" and any(a in states for a in n.all_input_nodes):
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: states.get(a, run.env[a]))
+        states[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def _head(
     run: _Gathering, nodes: Sequence[fx.Node], last: fx.Node, state: Tensor
 ) -> tuple[dict[str, Any], Tensor]:
@@ -289,11 +362,11 @@ def _head(
         if n.op == "output":
             made = fx.map_arg(n.args, lambda a: values.get(a, run.env.get(a)))
             return kept, float_leaves(made)[0]
-        if n.op != "call_function" or not any(a in values for a in n.all_input_nodes):
+        _again(run, n, values)
+        if n not in values:
             continue
-        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: values.get(a, run.env[a]))
-        values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
         kept[n.name] = values[n]
         if n.name in run.sites:
+            args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: values.get(a, run.env[a]))
             kept[f"{n.name}:operands"] = run.bound(n, args, kwargs)
     raise AssertionError("a graph ends with its output")

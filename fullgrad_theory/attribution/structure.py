@@ -195,6 +195,18 @@ class Anatomy:
         )
 
     @property
+    def plain(self) -> bool:
+        """Whether all attention in steps is over one sequence, the step's tokens in their order,
+        and each step has one such attention at most."""
+        inner = {s.step: s for s in self.attention if s.step is not None}
+        tokens = {n: self.stream[self.steps[n].after].index.numel() for n in inner}
+        return len(inner) == sum(s.step is not None for s in self.attention) > 0 and all(
+            torch.equal(order, torch.arange(tokens[n])[None])
+            for n, s in inner.items()
+            for order in (s.queries, s.keys)
+        )
+
+    @property
     def steady(self) -> bool:
         """Whether every step keeps the number of tokens and channels."""
         return all(
