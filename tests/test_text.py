@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fullgrad_theory.command import telling
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.command.making import Wanted
-from fullgrad_theory.command.passage import Passage, Reader, entry, passage, reader
+from fullgrad_theory.command.passage import Passage, Reader, entry, reader, tokenised
 from fullgrad_theory.command.tokenmaps import token_maps
 
 tf = pytest.importorskip("transformers")
@@ -75,7 +75,7 @@ def rows(said: str) -> dict[str, list[float]]:
 
 def open_folder(folder: Path, text: str = TEXT) -> tuple[Reader, Passage]:
     read = reader(folder)
-    return read, passage(text, read.tokenizer)
+    return read, tokenised(text, read.tokenizer)
 
 
 # --------------------------------------------------------------------------- words

@@ -78,7 +78,7 @@ def reader(folder: Path) -> Reader:
     return Reader(model.eval(), tokenizer, not trained)
 
 
-def passage(text: str, tokenizer: Any) -> Passage:
+def tokenised(text: str, tokenizer: Any) -> Passage:
     """The tokens of a text, and which of them are one word; raises `InputError` for none."""
     encoded = tokenizer(text, return_tensors="pt")
     given = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}

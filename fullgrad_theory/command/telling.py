@@ -16,7 +16,7 @@ from ..pages import filled
 from .making import Wanted
 from .options import PAGE
 from .page import judging, show, table
-from .passage import Passage, entry, passage, reader
+from .passage import Passage, entry, reader, tokenised
 from .tokenmaps import METHODS, TokenMap, token_maps
 from .writing import withdraw
 
@@ -49,7 +49,7 @@ def tell(
                 f"{folder} is no folder of a transformers model: it has no config.json"
             )
         read = reader(folder)
-        words = passage(text, read.tokenizer)
+        words = tokenised(text, read.tokenizer)
         at = entry(wanted, read, words)
         maps = token_maps(read, words, at, methods, policies)
         weights = " (random weights)" if read.untrained else ""

@@ -215,7 +215,7 @@
   }
   const every = (box, act) => { for (const one of box.items) if (isBox(one)) { act(one); every(one, act); } };
   const bad = (kind) => data.kinds[kind].rank > 2;
-  const on = (id, act) => document.getElementById(id).addEventListener("click", act);
+  const on = (id, act) => document.getElementById(id)?.addEventListener("click", act);
   on("all", () => { every(root, (box) => { box.open = true; }); render(); });
   on("none", () => { every(root, (box) => { box.open = false; }); render(); });
   on("obstacles", () => { every(root, (box) => { box.open = box.counts.some((count, kind) => count && bad(kind)); }); render(); });
