@@ -244,10 +244,10 @@ def reference_weights(q, k, attn_mask=None, is_causal=False, scale=None, enable_
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
-@pytest.mark.parametrize("chunk", [1, 2**22])
+@pytest.mark.parametrize("block", [1, 17, 2**20])
 @pytest.mark.parametrize("case", CASES)
-def test_attention(case, chunk, monkeypatch):
-    monkeypatch.setattr(attention_form, "CHUNK", chunk)
+def test_attention(case, block, monkeypatch):
+    monkeypatch.setattr(attention_form, "BLOCK", block)
     (q, k, v), kw = CASES[case]
     out = attention(q, k, v, **kw)
     same(out, aten.scaled_dot_product_attention.default(q, k, v, **kw))

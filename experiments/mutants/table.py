@@ -221,7 +221,7 @@ MUTANTS: tuple[Mutant, ...] = (
            'frozen = rstd.reshape(*rstd.shape, *[1] * len(args[0]))\n        return grad * frozen\n        return aten.native_layer_norm_backward',
            (BACKWARD, HONESTY, "-k", "layer_norm or norm")),
     Mutant("attention's backward forgets the scale", FACTOR, "operators/attention_form.py",
-           "q[i : i + step] * scale", "q[i : i + step]", (BACKWARD, "-k", "attention")),
+           ".to(wide) * scale", ".to(wide)", (BACKWARD, "-k", "attention")),
     Mutant("attention's backward forgets the mask", DEGREE, "operators/attention_form.py",
            "if mask is None or index is None:", "if True:", (BACKWARD, "-k", "attention")),
     Mutant("attention's backward forgets causality", DEGREE, "operators/attention_form.py",

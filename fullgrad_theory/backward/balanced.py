@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..edits.channels import narrow_linears
 from ..edits.costs import Policy
 from ..edits.folding import fold
 from ..edits.kinds import Edit
@@ -45,6 +46,7 @@ class Balanced(nn.Module):
         if traced.whole is not None:
             every = replace(traced, fx=traced.whole, whole=None)
             self.whole = rewrite(every, plan.edits, labelled=graph)
+        self._owners: list[tuple[dict[str, Any], str]] | None = None
         self._reading, self._form = graph.reading, graph.form
         self.plan = plan
         self.graph: ComputationGraph | None = graph
@@ -62,9 +64,16 @@ class Balanced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.arranged(args, kwargs)
         module = self.fx if self.whole is None else self.whole
-        state = (*module.parameters(), *module.buffers())
         run = lambda given: module(*given[0], **given[1])  # noqa: E731
-        return self._reading.returned(guarded(self.plan.edits, state, run, (args, kwargs)))
+        return self._reading.returned(guarded(self.plan.edits, self._state, run, (args, kwargs)))
+
+    def _state(self) -> list[Tensor]:
+        """The parameters and buffers, as they are now: a walk over the modules costs a launch."""
+        if self._owners is None:
+            modules = (self.fx if self.whole is None else self.whole).modules()
+            tables = (kept for m in modules for kept in (m._parameters, m._buffers))
+            self._owners = [(kept, name) for kept in tables for name in kept]
+        return [t for kept, name in self._owners if (t := kept.get(name)) is not None]
 
     def arranged(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,7 +119,11 @@ class Balanced(nn.Module):
         modules = self._modules | {"fx": _with_submodules(self.fx)}
         if self.whole is not None:
             modules["whole"] = _with_submodules(self.whole)
-        return self.__dict__ | {"graph": None, "_modules": modules}  # fake tensors do not pickle
+        return self.__dict__ | {
+            "graph": None,
+            "_owners": None,
+            "_modules": modules,
+        }  # fake tensors do not pickle
 
 
 def _with_submodules(module: fx.GraphModule) -> fx.GraphModule:
@@ -170,8 +183,9 @@ def rewrite(
 
     Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `scale`; a secant, a
     frozen norm, an attention with pruned weights and an integral have their own backward. Kernels
-    that misread a cotangent are given it as they can read it, but where the graph is wanted
-    `as_it_is`. `labelled`: the part of the graph that the edits are of.
+    that misread a cotangent are given it as they can read it, and linear layers multiply no channel
+    whose cotangent is held at zero, but where the graph is wanted `as_it_is`. `labelled`: the part
+    of the graph that the edits are of.
     """
     graph = fold(graph, edits)
     labels = cache(lambda: degrees(labelled or graph, edits))
@@ -183,6 +197,9 @@ def rewrite(
     )
     root = graph.fx if root is None else root
     forget_inner(root)
-    module = fx.GraphModule(root, writing.write(as_it_is), "Balanced")
+    written = writing.write(as_it_is)
+    if not as_it_is:
+        narrow_linears(written)
+    module = fx.GraphModule(root, written, "Balanced")
     module.eval()
     return unbound(module)

@@ -57,12 +57,14 @@ class _Tied(Function):
         return grad, torch.zeros((), device=grad.device)
 
 
-def guarded(edits: Sequence[Edit], state: Iterable[Tensor], run: Run, args: Any) -> Any:
+def guarded(
+    edits: Sequence[Edit], state: Callable[[], Iterable[Tensor]], run: Run, args: Any
+) -> Any:
     """What `run` returns for `args`. Where edits stand in its backward, a derivative of that, and
     one in forward mode, raise `DerivativeError`; `state`: what else may be differentiated by."""
     if not edits or torch.compiler.is_compiling():  # a compiled backward refuses it by itself
         return run(args)
-    leaves = [*(t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)), *state]
+    leaves = [*(t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)), *state()]
     more = f" and {len(edits) - 1} more" if len(edits) > 1 else ""
     of = f"this balanced model has edits in its backward ({edits[0]}{more})"
     _refuse_tangents(leaves, f"{of}, which {_FORWARD}")

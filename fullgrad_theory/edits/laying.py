@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ..operators.calls import as_one_call
+from ..operators.calls import as_one_call, bound_once
 
 
+@bound_once
 class _LaidOut(Function):
     generate_vmap_rule = True
 

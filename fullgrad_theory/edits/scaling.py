@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import PlanError
-from ..operators.calls import as_one_call
+from ..operators.calls import as_one_call, bound_once
 from .base import Edit, Stage
 from .costs import Policy
 from .writing import Writing
@@ -61,6 +61,7 @@ class Scale(Edit):
             writing.behind(node, scale, float(self.factor)).meta |= node.meta | {"edit": self}
 
 
+@bound_once
 class _Scale(Function):
     generate_vmap_rule = True
 

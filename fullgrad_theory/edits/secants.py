@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ..operators.algebra import Algebra
-from ..operators.calls import bind, led_by, overload, target_name
+from ..operators.calls import bind, bound_once, led_by, overload, target_name
 from ..operators.record import Operator
 from ..operators.registry import REGION, lookup
 from ..operators.relations import Mode
@@ -73,6 +73,7 @@ class Secant(OwnEdit):
             node.target = SecantTarget(node.target, where, closed)  # type: ignore[arg-type]
 
 
+@bound_once
 class _Secant(Function):
     generate_vmap_rule = True
 
@@ -111,6 +112,7 @@ def secant(op: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _Secant.apply(x, op, args, kwargs)
 
 
+@bound_once
 class _Gated(Function):
     generate_vmap_rule = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=type[Function])
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,20 @@ def led_by(count: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def operation_args(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A rewritten call's arguments as the operation itself takes them."""
     return args[getattr(target, "lead", 0) :]
+
+
+def bound_once(kind: F) -> F:
+    """An autograd.Function whose signature is kept: torch looks it up on every call, at a cost that
+    a GPU waits for."""
+    forward: Any = kind.forward
+    forward.__signature__ = inspect.signature(forward)
+    return kind
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether a value is many at once, under vmap or with `is_grads_batched`."""
+    keys, parse = torch._C._dispatch_keys(value), torch._C._parse_dispatch_key
+    return any(keys.has(parse(key)) for key in ("Batched", "FuncTorchBatched"))  # type: ignore[arg-type]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused
+from .calls import is_batched
+
 NEAR = 1e-3
 
 
@@ -53,8 +56,7 @@ def _over_u(f: Callable[[Tensor], Tensor], u: Tensor, *taylor: float, near: floa
     return torch.where(small, series, f(far) / far)
 
 
-@Gate
-def gelu(u: Tensor, approximate: str = "none") -> Tensor:
+def _gelu(u: Tensor, approximate: str = "none") -> Tensor:
     """Phi(u), or its tanh approximation, written as a logistic function so that nothing cancels."""
     if approximate == "tanh":
         return torch.sigmoid(math.sqrt(8.0 / math.pi) * u * (1.0 + 0.044715 * u * u))
@@ -62,6 +64,17 @@ def gelu(u: Tensor, approximate: str = "none") -> Tensor:
         # f(u)/u is twice as fast; its error in the tail is that of f itself, and 0/0 is at 0 alone
         return F.gelu(u).div_(u).nan_to_num_(0.5)
     return (u * -math.sqrt(0.5)).erfc_().mul_(0.5)
+
+
+def _gelu_product(grad: Tensor, u: Tensor, approximate: str = "none") -> Tensor:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_batched(grad):
+        return grad * gelu(u, approximate)
+    if fused.takes_gelu(grad, u):
+        return fused.gelu_product(grad, u, approximate == "tanh")
+    return gelu(u, approximate).mul_(grad)  # fresh memory costs as much as the product
+
+
+gelu = Gate(_gelu, _gelu_product)
 
 
 def _silu(u: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .calls import as_one_call, wide_dtype
+from .calls import as_one_call, bound_once, wide_dtype
 from .record import Frozen
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ _NORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 """Each returns the value and 1/sigma, of the shape of x before the normalised dimensions."""
 
 
+@bound_once
 class _Freeze(Function):
     """A normalisation whose 1/sigma is frozen; the second output, not differentiable, is 1/sigma.
 

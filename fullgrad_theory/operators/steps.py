@@ -14,10 +14,11 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 
 from .algebra import Algebra
-from .calls import as_one_call, overload
+from .calls import as_one_call, bound_once, overload
 from .record import Operator
 
 
+@bound_once
 class _Bits(Function):
     """One value with the gradient of another."""
 
