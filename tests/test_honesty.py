@@ -38,6 +38,7 @@ from fullgrad_theory.edits.pruning import Prune
 from fullgrad_theory.edits.scaling import Scale
 from fullgrad_theory.edits.secants import Secant
 from fullgrad_theory.edits.writing import Writing
+from fullgrad_theory.errors import UnregisteredOperationError
 from fullgrad_theory.graph import normal
 from fullgrad_theory.operators import (
     Algebra,
@@ -958,3 +959,34 @@ def test_slopes_nearby_are_those_of_either_side() -> None:
     low, high = nearby_slopes(row, [torch.zeros(2, 3, **DOUBLE)], 0, direction)
     torch.testing.assert_close(low, direction.clamp(max=0).reshape(-1), rtol=0, atol=1e-6)
     torch.testing.assert_close(high, direction.clamp(min=0).reshape(-1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda v, w: torch.select_scatter(v, w, 1, 1),
+        lambda v, w: torch.slice_scatter(v, w[:, None], 1, 1, 2),
+        lambda v, w: torch.diagonal_scatter(v, w[:3]),
+    ],
+    ids=["select", "slice", "diagonal"],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_write_to_elements_that_share_memory_is_refused(write: Any, shared: bool) -> None:
+    """torch's own gradient of it is not its derivative; of a copy it is."""
+    w = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+    x = torch.randn(6, dtype=torch.float64).requires_grad_()
+
+    def model(x: Tensor) -> Tensor:
+        v = x.unfold(0, 3, 1)
+        return write(v if shared else v.contiguous(), w)
+
+    out = model(x)
+    dead = model(torch.zeros_like(x))
+    (g,) = torch.autograd.grad(out.sum(), x)
+    misses = abs(float((g * x).sum() + (dead.sum() - out.sum())))
+    assert (misses > 1e-3) == shared  # a linear function of x, written to and differentiated
+    if shared:
+        with pytest.raises(UnregisteredOperationError, match=r"share memory.*contiguous"):
+            fgt.check_completeness(model, x.detach())
+    else:
+        assert fgt.check_completeness(model, x.detach()).complete

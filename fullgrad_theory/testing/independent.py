@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 TOLERANCE = 1e-7
 STEP = 2.0**-16
 NUDGE = 1e-6
+ALIKE = 1e-9
 PATH = 48
 _BLENDS = {"weight"}
 """lerp's: x + weight (end - x), so that `end` meets x first, and a frozen weight both of them"""
@@ -53,6 +54,12 @@ class Local:
     added: tuple[Tensor, ...] = ()
     nearest: float = 0.0
     """the multiple that fits best, whether or not it is one"""
+
+    @property
+    def faint(self) -> bool:
+        """Whether what its leaves add is so little that nobody sees if it moves with an operand."""
+        largest = max((_top(added) for added in self.added), default=0.0)
+        return 0 < NUDGE * largest < ALIKE
 
 
 @dataclass
@@ -663,7 +670,7 @@ def _alike(here: list[Tensor], there: list[Tensor], tops: list[float]) -> bool:
     """Whether contributions are the same, up to the digits of a finite difference of values whose
     largest are `tops`."""
     return all(
-        x.numel() == 0 or float((x - y).abs().max()) <= 1e-9 * max(1.0, top)
+        x.numel() == 0 or float((x - y).abs().max()) <= ALIKE * max(1.0, top)
         for x, y, top in zip(here, there, tops, strict=True)
     )
 

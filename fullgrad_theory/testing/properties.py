@@ -266,6 +266,7 @@ def _same_verdict(
         if _is_beyond_witness(graph.nodes[n.name])
         or _ignores_an_operand(run[n.name], tracker)
         or (n.name in calls and calls[n.name].chosen)  # it may jump where none of the points is
+        or any(local.faint for local in found.nodes.get(n.name, ()))
     }
     if beyond and all(_is_behind(graph.nodes[n.name], beyond) for n in objections):
         return tuple(sorted({n.op for n in objections if n.name in beyond}))

@@ -30,6 +30,21 @@ def _reaches_out(arguments: Mapping[str, Any]) -> str | None:
     )
 
 
+def _shares_memory(arguments: Mapping[str, Any]) -> str | None:
+    """torch keeps the strides of what is written into: where its elements share memory one write is
+    seen in several, and the gradient knows of one."""
+    value, written = arguments["self"].meta["val"], 1
+    sized = (p for p in zip(value.stride(), value.shape, strict=True) if p[1] != 1)
+    for stride, size in sorted(p for p in sized if all(isinstance(n, int) for n in p)):
+        if stride < written:
+            return (
+                "it writes to elements that share memory (of an expand or an unfold), and torch's "
+                "gradient of that is not its derivative; write to a .contiguous() copy"
+            )
+        written += (size - 1) * stride
+    return None
+
+
 def _random(arguments: Mapping[str, Any]) -> str | None:
     """Dropout is the identity in eval mode."""
     drops = arguments["train"] and arguments["p"]
@@ -107,7 +122,10 @@ TABLE: Table = (
         "self + value",
     ),
     *structural("scatter.value", "self + value", roles=(Role.INDICATOR,)),
-    *structural("slice_scatter select_scatter diagonal_scatter scatter.src", "self + src"),
+    *structural(
+        "slice_scatter select_scatter diagonal_scatter", "self + src", refuses=_shares_memory
+    ),
+    *structural("scatter.src", "self + src"),
     *structural("masked_scatter index_copy", "self + source"),
     # what stood there before is overwritten, it lends its shape only
     *structural("fill.Tensor", "value*self^0"),
