@@ -40,12 +40,12 @@ class Balanced(nn.Module):
     def __init__(self, graph: ComputationGraph, plan: Plan) -> None:
         super().__init__()
         traced, graph = graph, fold(graph, plan.edits)
-        self.fx = rewrite(graph, plan.edits)
+        self.fx = rewrite(graph, plan.edits, narrow=True)
         self.whole: fx.GraphModule | None = None
         """it with what is returned besides, and not judged"""
         if traced.whole is not None:
             every = replace(traced, fx=traced.whole, whole=None)
-            self.whole = rewrite(every, plan.edits, labelled=graph)
+            self.whole = rewrite(every, plan.edits, labelled=graph, narrow=True)
         self._owners: list[tuple[dict[str, Any], str]] | None = None
         self._reading, self._form = graph.reading, graph.form
         self.plan = plan
@@ -178,14 +178,15 @@ def rewrite(
     root: nn.Module | None = None,
     as_it_is: bool = False,
     labelled: ComputationGraph | None = None,
+    narrow: bool = False,
 ) -> fx.GraphModule:
     """A copy of the graph with the edits written in, over the model's parameters or `root`'s.
 
     Node names stay. A pruned edge gets a `detach`, a scaled node or edge a `scale`; a secant, a
     frozen norm, an attention with pruned weights and an integral have their own backward. Kernels
-    that misread a cotangent are given it as they can read it, and linear layers multiply no channel
-    whose cotangent is held at zero, but where the graph is wanted `as_it_is`. `labelled`: the part
-    of the graph that the edits are of.
+    that misread a cotangent are given it as they can read it, but where the graph is wanted
+    `as_it_is`. `labelled`: the part of the graph that the edits are of. `narrow`: the same gradient
+    for less, linear layers multiply no channel whose cotangent is held at zero.
     """
     graph = fold(graph, edits)
     labels = cache(lambda: degrees(labelled or graph, edits))
@@ -198,7 +199,7 @@ def rewrite(
     root = graph.fx if root is None else root
     forget_inner(root)
     written = writing.write(as_it_is)
-    if not as_it_is:
+    if narrow:
         narrow_linears(written)
     module = fx.GraphModule(root, written, "Balanced")
     module.eval()

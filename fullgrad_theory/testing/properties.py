@@ -139,13 +139,14 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         mended = check_completeness(graph, policy=plan, beside=())
         labels = degrees(graph, plan.edits)
         starts = from_zero(plan)
-        edited, tracker = evaluate(balanced.fx, points, divisors, starts)
+        written = rewrite(graph, plan.edits)  # `balanced` takes short cuts through it, see (d)
+        edited, tracker = evaluate(written, points, divisors, starts)
         if edited.complete != _complete(mended):
             points = _points(architecture, model, many=True)
-            edited, tracker = evaluate(balanced.fx, points, divisors, starts)
+            edited, tracker = evaluate(written, points, divisors, starts)
         judged = edited
         if judged.complete and not _complete(mended):
-            judged, _ = evaluate(_perturbed(balanced.fx), points, divisors, starts)
+            judged, _ = evaluate(_perturbed(written), points, divisors, starts)
         # an input that the plan holds fixed is a note of the library's, no objection
         judged.unread = [name for name in judged.unread if name in plain.unread]
         _same_verdict(graph, mended, judged, tracker, "libra")
@@ -595,8 +596,9 @@ def _every_cut(
 ) -> None:
     """sum d <cotangent, value> over the cut, and the biases passed, is <c, f> at each cut."""
     values = tracker.values[0]
-    nodes = list(balanced.fx.graph.nodes)
-    ends = [n for n in pytree.tree_leaves(balanced.fx.graph.output_node().args) if n in values]
+    graph = tracker.module.graph
+    nodes = list(graph.nodes)
+    ends = [n for n in pytree.tree_leaves(graph.output_node().args) if n in values]
     ends = [n for n in dict.fromkeys(ends) if is_real(values[n])]
     generator = torch.Generator().manual_seed(1)
     cotangents: dict[tuple[fx.Node, int], Tensor] = {}
@@ -715,7 +717,8 @@ def _real_backward(
     grads = torch.autograd.grad(
         [o for o, _ in kept], given, [c for _, c in kept], allow_unused=True
     )
-    places = [n for n in balanced.fx.graph.nodes if n.op == "placeholder" and n in tracker.moving]
+    graph = tracker.module.graph
+    places = [n for n in graph.nodes if n.op == "placeholder" and n in tracker.moving]
     for node, g in zip(places, grads, strict=True):
         ours = swept.get((node, 0))
         ours = torch.zeros_like(tracker.values[0][node]) if ours is None else ours
