@@ -229,6 +229,19 @@ def test_every_page_can_be_reached() -> None:
     assert not lost
 
 
+def test_every_planted_fault_finds_its_place() -> None:
+    """What is replaced stands once in its file: a fault that is not planted proves nothing."""
+    sys.path.insert(0, str(ROOT / "experiments" / "mutants"))
+    from table import MUTANTS
+
+    lost = [
+        m.name
+        for m in MUTANTS
+        if (ROOT / "fullgrad_theory" / m.file).read_text().count(m.find) != 1
+    ]
+    assert not lost, lost
+
+
 def test_no_machine_is_named() -> None:
     """Neither a path of one machine nor the address of a registry is in the repository."""
     listed = subprocess.run(

@@ -20,8 +20,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _able(device: torch.device) -> bool:
+    """Whether Triton is there, and compiles for a GPU of that age."""
+    return find_spec("triton") is not None and (
+        torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def takes(query: Tensor, key: Tensor, mask: Tensor | None, grad: Tensor) -> bool:
@@ -29,7 +32,7 @@ def takes(query: Tensor, key: Tensor, mask: Tensor | None, grad: Tensor) -> bool
     heads, tokens, width), heads that fit."""
     return (
         grad.is_cuda
-        and _has_triton()
+        and _able(grad.device)
         and query.dim() == key.dim() == grad.dim() == 4
         and query.dtype == key.dtype == grad.dtype
         and grad.dtype in _DTYPES
@@ -108,7 +111,7 @@ def takes_gelu(grad: Tensor, u: Tensor) -> bool:
     """Whether `gelu_product` can be given these."""
     return (
         u.is_cuda
-        and _has_triton()
+        and _able(u.device)
         and u.dtype == grad.dtype
         and u.dtype in _DTYPES
         and u.is_contiguous()

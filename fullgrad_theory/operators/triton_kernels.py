@@ -124,8 +124,10 @@ def _sizes(width: int, single: bool) -> dict[str, int]:
     what they share must fit into 99 KB on most cards."""
     if width <= 64:
         sizes = (32, 64, 4, 3) if single else (64, 128, 4, 3)
+    elif width <= 128:
+        sizes = (32, 64, 8, 1) if single else (64, 64, 8, 2)
     else:
-        sizes = (32, 64, 8, 1 if single else 2) if single or width > 128 else (64, 64, 8, 2)
+        sizes = (32, 32, 8, 1) if single else (32, 64, 8, 2)
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), sizes, strict=True))
 
 
