@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def _others(case: Case, model: nn.Module, x: Tensor) -> dict[str, Callable[[], N
                 gradient(model, x)
 
         runs["LXT"] = lxt
-    if any(isinstance(m, nn.Conv2d) for m in list(model.modules())[4:]):
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    if sum(isinstance(m, nn.Conv2d) for m in layers) > len(layers) / 2 and find_spec("zennit"):
         from zennit.composites import EpsilonPlusFlat
 
         def zennit() -> None:
@@ -287,6 +289,29 @@ def _written(rows: list[dict[str, Any]], name: str, command: str) -> None:
         cells = [row[key] for key in KEYS] + ["; ".join(f"{n} {r}" for n, r in others.items())]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     stem.with_suffix(".md").write_text("\n".join([*lines, ""]))
+    _drawn(rows, stem.with_suffix(".png"))
+
+
+def _drawn(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and peak memory of a balanced gradient, as parts of the plain one's."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.42 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    for key, name, colour, shift in (
+        ("balanced_to_plain", "time", "#0072b2", 0.2),
+        ("peak_memory_balanced_to_plain", "peak memory", "#e69f00", -0.2),
+    ):
+        bars = axes.barh([p - shift for p in places], [r[key] for r in rows], 0.38, color=colour)
+        bars.set_label(name)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axes.axvline(1, color="#57606a", linewidth=1)
+    axes.set_yticks(places, [r["case"] for r in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"balanced gradient / plain gradient ({rows[0]['machine']})")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def _grown(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str]:

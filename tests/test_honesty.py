@@ -990,3 +990,28 @@ def test_a_write_to_elements_that_share_memory_is_refused(write: Any, shared: bo
             fgt.check_completeness(model, x.detach())
     else:
         assert fgt.check_completeness(model, x.detach()).complete
+
+
+@pytest.mark.parametrize("size", [3.0, 1.0 + 1e-4, 1.0])
+def test_a_backward_is_not_seen_through_zeros(size: float) -> None:
+    """No gradient passes a layer that is dead at the given input: what a hook before it does to one
+    is looked at elsewhere."""
+
+    class Dead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hooked = torch.nn.Linear(4, 4, bias=False)
+            self.hooked.register_full_backward_hook(lambda m, given, out: (given[0] * size,))
+            self.head = torch.nn.Linear(4, 3)
+            with torch.no_grad():
+                self.hooked.weight.abs_().neg_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.hooked(x)))
+
+    model = Dead().double().eval()
+    x = torch.rand(2, 4, dtype=torch.float64) + 0.1
+    assert not torch.relu(model.hooked(x)).any()
+    report = fgt.check_completeness(model, x)
+    assert report.complete == (size == 1.0)
+    assert any("the given inputs" in note for note in report.notes)

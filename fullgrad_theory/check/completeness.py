@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +27,7 @@ from ..plan.labelling import degrees
 from ..plan.measuring import graph_of, refuse_chosen
 from ..plan.plan import Plan
 from . import words
-from .copies import double_copies, double_inputs, jittered, perturb, widened
+from .copies import double_copies, double_inputs, jittered, perturb, redrawn, widened
 from .layout import layout_faults
 from .local import node_by_node
 from .own import forward_beside
@@ -34,7 +35,10 @@ from .report import IncompleteError, Report
 from .structure import Structure, structure_of
 from .subject import Subject
 from .verdict import Bounds, Evidence, Sum, report_of, sum_of
-from .whole import PERTURBED, end_to_end, in_precisions
+from .whole import ELSEWHERE, PERTURBED, Whole, end_to_end, in_precisions
+
+_TRIES = 4
+"""of inputs at which a gradient is not zero"""
 
 TOLERANCE = 1e-10
 
@@ -178,6 +182,9 @@ def _evidence(
         local, at_perturbed = node_by_node(subject, inputs), at_own_parameters
     evidence = Evidence(local, at_own_parameters, at_perturbed, note=note)
     evidence = replace(evidence, forward=forward_beside(structure))
+    unseen = evidence.wholes and not any(w.found.input_share for w in evidence.wholes)
+    if own is not None and unseen and any(map(is_ray, inputs)):
+        evidence = replace(evidence, elsewhere=_elsewhere(own, subject, inputs, generator))
     if sum_of(structure, evidence, bounds) is Sum.UNEXPLAINED:
         evidence = replace(evidence, layout_faults=layout_faults(subject, inputs))
     if structure.plan is not None:
@@ -186,6 +193,20 @@ def _evidence(
         )
     shown, refusals = in_precisions(beside, subject, structure.edits, root, inputs)
     return replace(evidence, shown=shown, refusals=refusals)
+
+
+def _elsewhere(
+    own: Model, subject: Subject, inputs: list[Any], generator: torch.Generator
+) -> Whole | None:
+    """The whole at other inputs, where a gradient reaches them: through zeros nothing is seen."""
+    for _ in range(_TRIES):
+        try:
+            whole = end_to_end(ELSEWHERE, subject, redrawn(inputs, generator), own)
+        except (NonFiniteError, RuntimeError):  # they are not the user's: they may not fit
+            continue
+        if whole is not None and whole.found.input_share:
+            return whole
+    return None
 
 
 def _subject(

@@ -20,6 +20,7 @@ from .report import EndToEnd
 from .subject import Subject
 
 PERTURBED = "perturbed parameters"
+ELSEWHERE = "other inputs"
 
 
 @dataclass(frozen=True)

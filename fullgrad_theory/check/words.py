@@ -118,6 +118,7 @@ ZERO_OUTPUT = "the output is zero even at perturbed parameters: nothing to judge
 ZERO_AT_OWN_PARAMETERS = (
     "the output is zero at the model's own parameters; judged at perturbed ones"
 )
+ELSEWHERE = "no gradient reaches the given inputs: the model's own backward was compared at others"
 UNDETERMINED = (
     "the gradient is not finite (a root of 0, say): infinity times zero is undetermined, and "
     "nothing adds up; clamp the value away from there"

@@ -33,6 +33,7 @@ TOLERANCE = 1e-7
 STEP = 2.0**-16
 NUDGE = 1e-6
 ALIKE = 1e-9
+FLAT = 1e-5
 PATH = 48
 _BLENDS = {"weight"}
 """lerp's: x + weight (end - x), so that `end` meets x first, and a frozen weight both of them"""
@@ -304,8 +305,10 @@ class Tracker:
                 error = distance(total, values, 1.0, added)
                 least = min(least, error)
                 if error < TOLERANCE:
-                    if found.degree is not None:
-                        self.saturated.add(node.name)
+                    if found.degree is not None or distance(tangents, values, 0.0) < FLAT:
+                        self.saturated.add(
+                            node.name
+                        )  # a norm of two elements is a sign, but for eps
                     if any(self._steps(node, c[0], c[1], item) for c in chosen):
                         return Local(None, error)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)
