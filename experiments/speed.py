@@ -246,7 +246,8 @@ def grid(name: str) -> list[Case]:
     batches = (1, 8, 64) if cuda else (1, 8)
     tokens = {196: 64, 1024: 16, 2304: 8, 4096: 4} if cuda else {1024: 2, 4096: 1}
     cases = [replace(base, batch=n) for n in batches]
-    cases += [replace(base, tokens=n, batch=b) for n, b in tokens.items()]
+    deep = {} if cuda else {4096: 2}  # a minute a gradient, else
+    cases += [replace(base, tokens=n, batch=b, depth=deep.get(n, 0)) for n, b in tokens.items()]
     cases += [replace(base, depth=n) for n in (3, 6)] + [replace(base, width=n) for n in (192, 384)]
     cases += [replace(base, model=m, others=True) for m in (TORCHVISION, "resnet18")]
     if cuda:

@@ -262,6 +262,36 @@ def test_attention(case, block, monkeypatch):
     torch.testing.assert_close((ours * v).sum(), (out * cotangent).sum())
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 3, 0, 4), (2, 3, 5, 4), (2, 3, 5, 6)),  # no query
+        ((0, 3, 2, 4), (0, 3, 5, 4), (0, 3, 5, 6)),  # an empty batch
+        ((2, 3, 2, 4), (2, 3, 5, 4), (2, 3, 5, 0)),
+        ((2, 3, 2, 4), (2, 3, 5, 4), (5, 6)),  # values without heads
+    ],
+)
+def test_attention_over_little(shapes):
+    q, k, v = (torch.randn(s, dtype=torch.float64) for s in shapes)
+    v.requires_grad_()
+    out = attention(q, k, v)
+    cotangent = torch.randn_like(out)
+    (g,) = torch.autograd.grad(out, v, cotangent)
+    weights = (q @ k.mT * 0.5).softmax(-1)
+    assert g.shape == v.shape
+    torch.testing.assert_close((g * v).sum(), ((weights @ v) * cotangent).sum())
+
+
+def test_a_mask_keeps_its_gradient_under_vmap():
+    q, k, v = heads(2, 3)
+    mask = torch.randn(q.shape[-2], k.shape[-2], dtype=q.dtype).requires_grad_()
+    many = torch.vmap(attention, in_dims=(0, 0, 0, None))(q, k, v, mask)
+    (g,) = torch.autograd.grad(many.pow(2).sum(), mask)
+    one = torch.stack([attention(a, b, c, mask) for a, b, c in zip(q, k, v, strict=True)])
+    (slow,) = torch.autograd.grad(one.pow(2).sum(), mask)
+    torch.testing.assert_close(g, slow)
+
+
 @pytest.mark.parametrize(("dtype", "grad", "autocast"), SETTINGS)
 @pytest.mark.parametrize("mask", [None, "bool", "float", "learnt"])
 def test_forward_of_attention_is_bitwise_and_the_same_kernel(dtype, grad, autocast, mask):

@@ -144,3 +144,63 @@ def test_compiled() -> None:
     balanced = fgt.balance(model, x)
     compiled = torch.compile(balanced, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradient(compiled, x), gradient(balanced, x))
+
+
+def sliced(x: Tensor, layer: nn.Linear) -> Tensor:
+    return x + layer(x)[..., 2:7].relu()
+
+
+def test_under_vmap_parameters_keep_their_gradient() -> None:
+    """No value says under vmap whether what it is a part of asks for a gradient."""
+    model = Fused("unbind").eval().double()
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    balanced = fgt.balance(model, x)
+    state = {n: v.detach() for n, v in balanced.named_parameters()}
+    many = {n: torch.stack([v, v * 1.1]).requires_grad_() for n, v in state.items()}
+
+    def run(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(balanced, p, (x,))
+
+    out = torch.vmap(run, in_dims=(0, None))(many, x)
+    ours = torch.autograd.grad(out.sum(), list(many.values()))
+    for place in range(2):
+        one = {n: v[place].detach().requires_grad_() for n, v in many.items()}
+        slow = torch.autograd.grad(run(one, x).sum(), list(one.values()))
+        for many_g, g in zip(ours, slow, strict=True):
+            torch.testing.assert_close(many_g[place], g)
+
+
+def test_an_export_keeps_the_branch() -> None:
+    layer = nn.Linear(5, 24).double().requires_grad_(False)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    balanced = fgt.balance(lambda x: sliced(x, layer), x)
+    assert parts(balanced)
+    exported = torch.export.export(balanced, (x,)).module()
+    torch.testing.assert_close(gradient(exported, x), gradient(balanced, x))
+    again = fgt.balance(balanced, x)
+    torch.testing.assert_close(gradient(again, x), gradient(balanced, x))
+
+
+def test_a_complex_layer_has_the_conjugate() -> None:
+    layer = nn.Linear(5, 24, dtype=torch.complex128).requires_grad_(False)
+    x = torch.randn(2, 5, dtype=torch.float64)
+
+    def model(x: Tensor) -> Tensor:
+        return layer(x.to(torch.complex128))[..., 3:6].abs()
+
+    balanced = fgt.balance(model, x)
+    assert parts(balanced)
+    torch.testing.assert_close(gradient(balanced, x), gradient(model, x))
+
+
+def test_a_layer_that_is_replaced_is_guarded() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU()).double().eval()
+    x = torch.randn(2, 5, dtype=torch.float64)
+    balanced = fgt.balance(model, x)
+    balanced(x)
+    names = [n for n, _ in balanced.fx.named_parameters()]
+    holder = balanced.fx.get_submodule(names[0].rpartition(".")[0])
+    holder.weight = nn.Parameter(holder.weight.detach().clone())
+    (g,) = torch.autograd.grad(balanced(x).pow(2).sum(), holder.weight, create_graph=True)
+    with pytest.raises(fgt.errors.DerivativeError):
+        torch.autograd.grad(g.pow(2).sum(), holder.weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -46,7 +46,6 @@ class Balanced(nn.Module):
         if traced.whole is not None:
             every = replace(traced, fx=traced.whole, whole=None)
             self.whole = rewrite(every, plan.edits, labelled=graph, narrow=True)
-        self._owners: list[tuple[dict[str, Any], str]] | None = None
         self._reading, self._form = graph.reading, graph.form
         self.plan = plan
         self.graph: ComputationGraph | None = graph
@@ -67,13 +66,14 @@ class Balanced(nn.Module):
         run = lambda given: module(*given[0], **given[1])  # noqa: E731
         return self._reading.returned(guarded(self.plan.edits, self._state, run, (args, kwargs)))
 
-    def _state(self) -> list[Tensor]:
-        """The parameters and buffers, as they are now: a walk over the modules costs a launch."""
-        if self._owners is None:
-            modules = (self.fx if self.whole is None else self.whole).modules()
-            tables = (kept for m in modules for kept in (m._parameters, m._buffers))
-            self._owners = [(kept, name) for kept in tables for name in kept]
-        return [t for kept, name in self._owners if (t := kept.get(name)) is not None]
+    def _state(self) -> Iterator[Tensor]:
+        """The parameters and buffers as they are now, without the care that `parameters()` takes:
+        a GPU would wait for it."""
+        modules: list[nn.Module] = [self.fx if self.whole is None else self.whole]
+        for module in modules:
+            for held in (module._parameters, module._buffers):
+                yield from (t for t in held.values() if t is not None)
+            modules += [m for m in module._modules.values() if m is not None]
 
     def arranged(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

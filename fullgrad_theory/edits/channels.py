@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..operators.algebra import Role
-from ..operators.calls import as_one_call, bind, bound_once, target_name
+from ..operators.calls import as_one_call, bind, bound_once, is_transformed, target_name
 from ..operators.registry import has_role, lookup
 from .pruning import detach
 
@@ -43,7 +43,7 @@ class _SomeChannels(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         own = grad.permute(ctx.order).reshape(*ctx.lead, ctx.stop - ctx.start)
-        dx = own @ weight[ctx.start : ctx.stop].to(grad.dtype)
+        dx = own @ weight[ctx.start : ctx.stop].to(grad.dtype).conj()
         return dx.to(ctx.dtype), None, None, None, None, None
 
 
@@ -61,9 +61,12 @@ def some_channels(
     the gradient of these alone: dx = g @ weight[start:stop].
 
     `order` permutes the dimensions of `value` so that they are those of x but the last, and then
-    the channels. Where weight or bias ask for a gradient `value` keeps its own.
+    the channels. `value` keeps its own gradient where weight or bias ask for one, or may (nobody
+    tells under vmap), and where an export would take it for a constant.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return value
+    if torch.compiler.is_exporting() or is_transformed():
         return value
     return _SomeChannels.apply(x, weight, value.detach(), order, start, stop)
 

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from . import fused
-from .calls import as_one_call, bound_once, is_batched, wide_dtype
+from .calls import as_one_call, bound_once, is_batched, is_transformed, wide_dtype
 from .record import Frozen
 
 aten = torch.ops.aten
@@ -51,7 +51,10 @@ class _Attention(Function):
             dv = fused.transposed_attention(*given, lse)
         else:
             dv = _transposed_attention(*given)
-        if dv.dim() > 2 and ctx.value_shape[-3] != dv.shape[-3]:  # grouped or shared heads
+        if dv.dim() > 2 and ctx.value_shape[-3:-2] not in (
+            (),
+            dv.shape[-3:-2],
+        ):  # grouped or shared heads
             dv = dv.unflatten(-3, (ctx.value_shape[-3], -1)).sum(-3)
         return dv.sum_to_size(ctx.value_shape), *[None] * 7
 
@@ -67,6 +70,8 @@ def _transposed_attention(
     wide = wide_dtype(dtype)
     length, source = query.shape[-2], key.shape[-2]
     lead = grad.shape[:-2]
+    if 0 in (*grad.shape, source):
+        return grad.new_zeros(*lead, source, grad.shape[-1])
     if lead and key.dim() > 2 and key.shape[-3] != lead[-1]:
         key = key.repeat_interleave(lead[-1] // key.shape[-3], -3)
     q = query.expand(*lead, *query.shape[-2:]).reshape(-1, length, query.shape[-1]).to(wide) * scale
@@ -163,7 +168,7 @@ def attention(
     """
     if dropout_p:
         raise ValueError(f"attention with dropout_p={dropout_p} is random: call model.eval() first")
-    if attn_mask is not None and attn_mask.requires_grad:
+    if attn_mask is not None and (attn_mask.requires_grad or is_transformed()):
         held = query.detach(), key.detach(), value, attn_mask, 0.0, is_causal
         return aten.scaled_dot_product_attention.default(*held, scale=scale, enable_gqa=enable_gqa)
     # called here and not in the Function, so that grad mode and requires_grad choose the kernel

@@ -235,6 +235,12 @@ def bound_once(kind: F) -> F:
     return kind
 
 
+def is_transformed() -> bool:
+    """Whether torch.func is at work, under which no value says whether it asks for a gradient."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_batched(value: Tensor) -> bool:
     """Whether a value is many at once, under vmap or with `is_grads_batched`."""
     keys, parse = torch._C._dispatch_keys(value), torch._C._parse_dispatch_key
