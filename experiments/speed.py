@@ -15,6 +15,7 @@ with `--against FILE` the ratios are compared with those kept: 10 % more is prin
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import multiprocessing
@@ -22,6 +23,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,10 +131,10 @@ def _others(case: Case, model: nn.Module, x: Tensor) -> dict[str, Callable[[], N
         ).attribute(x, target=0, n_steps=8, internal_batch_size=x.shape[0]),
     }
     if case.model == TORCHVISION:
-        from lxt.efficient.models.vit_torch import cp_LRP
+        rules = _lxt_rules()
 
         def lxt() -> None:
-            with _patched(cp_LRP):
+            with _patched(rules):
                 gradient(model, x)
 
         runs["LXT"] = lxt
@@ -146,6 +148,18 @@ def _others(case: Case, model: nn.Module, x: Tensor) -> dict[str, Callable[[], N
 
         runs["zennit, epsilon-plus-flat"] = zennit
     return runs
+
+
+def _lxt_rules() -> Any:
+    """LXT's rules for torchvision's ViT alone: the rest of it wants another transformers."""
+    found = find_spec("lxt")
+    assert found is not None and found.submodule_search_locations is not None
+    folder = Path(found.submodule_search_locations[0])
+    for name in ("lxt.efficient", "lxt.efficient.models"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+        sys.modules.setdefault(name, package)
+    return importlib.import_module("lxt.efficient.models.vit_torch").cp_LRP
 
 
 @contextmanager
