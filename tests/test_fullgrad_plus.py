@@ -81,7 +81,9 @@ class Written(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             q, k, v = args[:3]
             scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-            return (q @ k.mT * scale).softmax(-1).detach() @ v
+            scores, mask = q @ k.mT * scale, kwargs.get("attn_mask")
+            scores = scores if mask is None else scores + mask
+            return scores.softmax(-1).detach() @ v
         if func in (Tensor.mul, Tensor.__mul__, torch.mul):
             a, b = args
             if isinstance(b, Tensor) and a.requires_grad and b.requires_grad:
