@@ -34,8 +34,9 @@ def _shares_memory(arguments: Mapping[str, Any]) -> str | None:
     """torch keeps the strides of what is written into: where its elements share memory one write is
     seen in several, and the gradient knows of one."""
     value, written = arguments["self"].meta["val"], 1
-    sized = (p for p in zip(value.stride(), value.shape, strict=True) if p[1] != 1)
-    for stride, size in sorted(p for p in sized if all(isinstance(n, int) for n in p)):
+    laid = zip(value.stride(), value.shape, strict=True)
+    known = [(d, n) for d, n in laid if isinstance(d, int) and isinstance(n, int) and n != 1]
+    for stride, size in sorted(known):
         if stride < written:
             return (
                 "it writes to elements that share memory (of an expand or an unfold), and torch's "
