@@ -227,7 +227,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("attention's backward forgets causality", DEGREE, "operators/attention_form.py",
            "    if is_causal:\n", "    if False:\n", (BACKWARD, "-k", "attention")),
     Mutant("shared heads are averaged", FACTOR, "operators/attention_form.py",
-           "dv.unflatten(-3, (ctx.value_shape[-3], -1)).sum(-3)", "dv.unflatten(-3, (ctx.value_shape[-3], -1)).mean(-3)",
+           "dv.unflatten(-3, (*own, -1)).sum(-3)", "dv.unflatten(-3, (*own, -1)).mean(-3)",
            (BACKWARD, "-k", "attention")),
     Mutant("attention's blocks see the whole first mask", DEGREE, "operators/attention_form.py",
            "mask[index[i : i + heads], j : j + rows, :seen]", "mask[index[i : i + heads], :rows, :seen]",

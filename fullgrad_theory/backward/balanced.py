@@ -119,11 +119,7 @@ class Balanced(nn.Module):
         modules = self._modules | {"fx": _with_submodules(self.fx)}
         if self.whole is not None:
             modules["whole"] = _with_submodules(self.whole)
-        return self.__dict__ | {
-            "graph": None,
-            "_owners": None,
-            "_modules": modules,
-        }  # fake tensors do not pickle
+        return self.__dict__ | {"graph": None, "_modules": modules}  # fake tensors do not pickle
 
 
 def _with_submodules(module: fx.GraphModule) -> fx.GraphModule:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..edits.base import Edit
 from ..errors import DerivativeError
 from ..graph.sources import first_line
+from ..operators.calls import is_transformed
 
 
 class _Anchor(Function):
@@ -118,7 +119,7 @@ def _refuse_tangents(given: Iterable[Tensor], why: str) -> None:
 
 def _transformed(run: Run, args: Any, of: str) -> Any:
     """Run it; what torch.func does not take of the operations in it is said of the model."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if not is_transformed():
         return run(args)
     try:
         return run(args)

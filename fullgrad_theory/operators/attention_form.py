@@ -51,11 +51,9 @@ class _Attention(Function):
             dv = fused.transposed_attention(*given, lse)
         else:
             dv = _transposed_attention(*given)
-        if dv.dim() > 2 and ctx.value_shape[-3:-2] not in (
-            (),
-            dv.shape[-3:-2],
-        ):  # grouped or shared heads
-            dv = dv.unflatten(-3, (ctx.value_shape[-3], -1)).sum(-3)
+        heads, own = dv.shape[-3:-2], ctx.value_shape[-3:-2]
+        if heads and own and heads != own:  # grouped or shared
+            dv = dv.unflatten(-3, (*own, -1)).sum(-3)
         return dv.sum_to_size(ctx.value_shape), *[None] * 7
 
 

@@ -1,7 +1,7 @@
 """Backward kernels for GPUs: one launch where PyTorch's own operations take several.
 
 Each has a slow form beside it that shares no code (`attention_form`, `gates`), and is taken only
-where `takes` or `takes_gelu` says so. Operations of their own, so that compile and vmap know them.
+where `takes` or `takes_gelu` says so.
 """
 
 from __future__ import annotations
@@ -82,17 +82,7 @@ _attention_op = torch.library.custom_op(
 )
 
 
-@_attention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    grad: Tensor,
-    is_causal: bool,
-    scale: float,
-    lse: Tensor | None,
-) -> Tensor:
-    return _empty(key, grad)
+_attention_op.register_fake(lambda query, key, mask, grad, *rest: _empty(key, grad))
 
 
 def _direct(*values: Tensor) -> bool:
