@@ -203,9 +203,9 @@ class _Gathering(Run):
         given = named(original, operation_args(n.target, args), kwargs)
         return pytree.tree_map_only(Tensor, Tensor.detach, given)
 
-    def _watch(self, n: fx.Node, args: Any, kwargs: Any, value: Any) -> None:
+    def _watch(self, n: fx.Node, value: Any) -> None:
         if self.with_biases:
-            super()._watch(n, args, kwargs, value)
+            super()._watch(n, value)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -49,10 +49,11 @@ class Run(Walker):
                 value = value.detach().requires_grad_()
             self.sources[n.name] = value
         elif n.name in self.labels.biases and n.name in self.labels.alive:
-            self._watch(n, *self.fetch_args_kwargs_from_env(n), value)
+            self._watch(n, value)
         return value
 
-    def _watch(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
+    def _watch(self, n: fx.Node, value: Any) -> None:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         outputs = list(value) if isinstance(value, (tuple, list)) else [value]
         if not any(output.requires_grad for output in outputs):
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -27,7 +26,7 @@ from ..plan.labelling import degrees
 from ..plan.measuring import graph_of, refuse_chosen
 from ..plan.plan import Plan
 from . import words
-from .copies import double_copies, double_inputs, jittered, perturb, redrawn, widened
+from .copies import double_copies, double_inputs, jittered, perturb, widened
 from .layout import layout_faults
 from .local import node_by_node
 from .own import forward_beside
@@ -35,10 +34,7 @@ from .report import IncompleteError, Report
 from .structure import Structure, structure_of
 from .subject import Subject
 from .verdict import Bounds, Evidence, Sum, report_of, sum_of
-from .whole import ELSEWHERE, PERTURBED, Whole, end_to_end, in_precisions
-
-_TRIES = 4
-"""of inputs at which a gradient is not zero"""
+from .whole import OWN, PERTURBED, end_to_end, in_precisions
 
 TOLERANCE = 1e-10
 
@@ -166,25 +162,24 @@ def _evidence(
     graph = structure.graph
     own, subject, root = _subject(structure, seed, tick)
     inputs, note = double_inputs(graph), ""
-    at_own_parameters = end_to_end("own parameters", subject, inputs, own)
+    at_own_parameters = end_to_end(OWN, subject, inputs, own)
+    listens = all(j.fine for j in structure.judgements.values())  # or the answer is known
     generator = torch.Generator().manual_seed(seed)
     perturb([*modules_of(own), root], structure.labels.live.exponents, generator)
     moved = jittered(inputs, generator)
     try:
         local, at_perturbed = (
             node_by_node(subject, moved),
-            end_to_end(PERTURBED, subject, moved, own),
+            end_to_end(PERTURBED, subject, moved, own, listens),
         )
         inputs = moved
     except NonFiniteError as error:  # the first measurement stands
         own, subject, root = _subject(structure, seed, tick)
         note = words.perturbed_fails(error)
-        local, at_perturbed = node_by_node(subject, inputs), at_own_parameters
+        local = node_by_node(subject, inputs)
+        at_perturbed = end_to_end(OWN, subject, inputs, own, listens)
     evidence = Evidence(local, at_own_parameters, at_perturbed, note=note)
     evidence = replace(evidence, forward=forward_beside(structure))
-    unseen = evidence.wholes and not any(w.found.input_share for w in evidence.wholes)
-    if own is not None and unseen and any(map(is_ray, inputs)):
-        evidence = replace(evidence, elsewhere=_elsewhere(own, subject, inputs, generator))
     if sum_of(structure, evidence, bounds) is Sum.UNEXPLAINED:
         evidence = replace(evidence, layout_faults=layout_faults(subject, inputs))
     if structure.plan is not None:
@@ -193,20 +188,6 @@ def _evidence(
         )
     shown, refusals = in_precisions(beside, subject, structure.edits, root, inputs)
     return replace(evidence, shown=shown, refusals=refusals)
-
-
-def _elsewhere(
-    own: Model, subject: Subject, inputs: list[Any], generator: torch.Generator
-) -> Whole | None:
-    """The whole at other inputs, where a gradient reaches them: through zeros nothing is seen."""
-    for _ in range(_TRIES):
-        try:
-            whole = end_to_end(ELSEWHERE, subject, redrawn(inputs, generator), own)
-        except (NonFiniteError, RuntimeError):  # they are not the user's: they may not fit
-            continue
-        if whole is not None and whole.found.input_share:
-            return whole
-    return None
 
 
 def _subject(

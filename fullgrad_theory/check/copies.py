@@ -175,16 +175,6 @@ def jittered(inputs: list[Any], generator: torch.Generator) -> list[Any]:
     return [_moved(t, 0.1, generator) if is_ray(t) and t.numel() else t for t in inputs]
 
 
-def redrawn(inputs: list[Any], generator: torch.Generator) -> list[Any]:
-    """Other inputs of the same sizes: normal, as large as these; whole numbers as they are."""
-
-    def drawn(t: Tensor) -> Tensor:
-        size = t.abs().square().mean().sqrt().clamp(min=1e-3)
-        return size * torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
-
-    return [drawn(t) if is_ray(t) and t.numel() else t for t in inputs]
-
-
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """A real tensor in another precision; anything else as it is."""
     real = isinstance(value, Tensor) and value.is_floating_point()

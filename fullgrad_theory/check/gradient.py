@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backward.running import Run, finite_products, inner
+from ..backward.running import finite_products, inner
 from ..errors import NonConvergenceWarning, NonFiniteError
 from . import words
+from .listening import Asleep, Listening
 from .local import node_by_node
 from .numeric import aligned, float_leaves, gradients, paired
 from .subject import Subject
@@ -32,7 +33,9 @@ class Gradient:
     """A gradient by the graph's sources under `cotangents`, one an output.
 
     `by_leaf`: by its parameters and tensors, under their names. `magnitude`: sum |c f|; `parts`:
-    the sum of the contributions' magnitudes relative to it.
+    the sum of the contributions' magnitudes relative to it. `taken`: the values that were the
+    outputs, where they are not the model's; `asleep`: those that no gradient reached, where that
+    was listened to; `unconverged`: what integrals said that missed their tolerance.
     """
 
     outputs: list[Tensor]
@@ -43,14 +46,22 @@ class Gradient:
     magnitude: float
     parts: float
     dtype: torch.dtype
+    taken: Sequence[str] = ()
+    asleep: Mapping[str, Asleep] = field(default_factory=dict)
+    unconverged: tuple[str, ...] = ()
 
 
 def traced_gradient(
-    subject: Subject, inputs: list[Any], cotangents: list[Tensor] | None = None
+    subject: Subject,
+    inputs: list[Any],
+    cotangents: list[Tensor] | None = None,
+    taken: Sequence[str] = (),
+    listens: bool = False,
 ) -> Gradient | None:
     """The gradient of the subject at flat inputs; None where the output is zero.
 
-    `cotangents`: left out, random ones with the signs of the outputs.
+    `cotangents`: left out, random ones with the signs of the outputs. `taken`: names of values that
+    are the outputs instead. `listens`: to what no gradient reaches.
     Raises `NonFiniteError` where the output is not finite, and names the first such node.
     """
     biases: dict[str, float] = {}
@@ -60,16 +71,17 @@ def traced_gradient(
         biases[name] = biases.get(name, 0.0) + inner(g, added)
         parts.append(_size(g, added))
 
-    run = Run(subject.module, subject.graph, subject.labels, on_bias)
-    with torch.enable_grad(), warnings.catch_warnings():
-        # reported node by node, and by the residual
-        warnings.simplefilter("ignore", NonConvergenceWarning)
+    run = Listening(subject, on_bias, listens, taken)
+    with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")  # theirs are shown where the model runs as it is
+        warnings.simplefilter("always", NonConvergenceWarning)
         outputs = float_leaves(run.run(*inputs, enable_io_processing=False))
+        outputs = [run.taken[name] for name in taken] or outputs
         if cotangents is None:
             cotangents = [aligned(o, subject.seed) for o in outputs]
         pairs = zip(cotangents, outputs, strict=True)
         magnitude = sum(float((c * o.detach()).abs().sum()) for c, o in pairs)
-        if magnitude == 0.0:
+        if magnitude == 0.0 and not taken:
             return None
         value = paired(cotangents, outputs)
         if not torch.isfinite(value.detach()):
@@ -90,8 +102,11 @@ def traced_gradient(
         dict(zip(leaves, both[len(sources) :], strict=True)),
         shares,
         magnitude,
-        sum(parts) / magnitude,
+        sum(parts) / magnitude if magnitude else 0.0,
         value.dtype,
+        taken,
+        run.asleep,
+        tuple(dict.fromkeys(str(warning.message) for warning in caught)),
     )
 
 

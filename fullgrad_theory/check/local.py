@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ..graph.walking import Walker
 from ..operators.calls import bind, is_ray, operation_args
 from ..plan.states import State
 from . import words
-from .numeric import float_leaves, largest
+from .numeric import float_leaves, largest, long_draw
 from .subject import Subject
 
 
@@ -243,7 +242,7 @@ class _Noise:
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.draw = _long_draw(seed)
+        self.draw = long_draw(seed)
 
     def like(self, value: Tensor) -> Tensor:
         """Standard normal numbers of the shape of `value`."""
@@ -254,9 +253,3 @@ class _Noise:
         start = 2 * int(torch.randint(half // 2, (), generator=self.generator))
         long = self.draw if count <= half else self.draw.repeat(count // half + 1)
         return long[start : start + count].to(value).reshape(value.shape)
-
-
-@lru_cache(1)
-def _long_draw(seed: int) -> Tensor:
-    draw = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.cat([draw, draw])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,15 +34,17 @@ def paired(cotangents: list[Tensor], outputs: list[Tensor]) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def gradients(value: Tensor, given: list[Tensor]) -> list[Tensor]:
+def gradients(value: Tensor, given: list[Tensor], again: bool = False) -> list[Tensor]:
     """The gradient of a number by each tensor, 0 where it does not depend on one.
+
+    `again`: it will be asked for once more.
 
     Raises `TraceError` where torch has no derivative of an operation on the way.
     """
     if not value.requires_grad:
         return [torch.zeros_like(t) for t in given]
     try:
-        grads = torch.autograd.grad(value, given, allow_unused=True)
+        grads = torch.autograd.grad(value, given, retain_graph=again, allow_unused=True)
     except RuntimeError as error:
         if "derivative for" in str(error):  # torch has none: this backward never runs
             raise TraceError(words.no_gradient(error)) from error
@@ -52,3 +55,10 @@ def gradients(value: Tensor, given: list[Tensor]) -> list[Tensor]:
 def largest(errors: Iterable[float]) -> float:
     """The largest error, NaN being the worst of all (`max` passes over it); 0 for none."""
     return max(errors, default=0.0, key=lambda e: float("inf") if math.isnan(e) else e)
+
+
+@lru_cache(2)
+def long_draw(seed: int) -> Tensor:
+    """Two million standard normal numbers in float64, the second half being the first."""
+    draw = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.cat([draw, draw])

@@ -6,13 +6,13 @@ leaf and element by element: an allowance for low precision, or one norm over al
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..backward.balanced import rewrite
@@ -22,6 +22,7 @@ from ..graph.foreign import met
 from ..graph.keeping import kept, untouched, without_fast_path
 from ..operators.calls import is_ray
 from . import words
+from .asleep import Pair, Seen, pairs_of
 from .gradient import Gradient, Shares, traced_gradient
 from .lifting import lifted
 from .numeric import float_leaves, gradients, paired
@@ -66,20 +67,65 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
         for i, (ours, theirs) in enumerate(zip(outputs, traced.outputs, strict=True))
     ):
         return Own(problem=words.COPY_DIFFERS)
-    own = _hooked(subject.graph.fx, dict(zip([*given, *learned], grads, strict=True)))
     values = given | learned
-    same = all(
+    own = _hooked(subject, dict(zip(values, grads, strict=True)))
+    if _same(rounding, own, traced, values):
+        return Own(problem=_asleep(model, subject, inputs, traced) if traced.asleep else "")
+    problem = words.MODIFIED_ASLEEP if any(a.whole for a in traced.asleep.values()) else ""
+    shares = _shares(subject, traced, own, values, _total(traced.cotangents, outputs))
+    return Own(True, shares, problem if shares else words.MODIFIED_BEHIND_A_TABLE)
+
+
+def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -> str:
+    """Why the own gradient is not the traced one at values that no gradient reaches; "" where it
+    is.
+
+    Each tensor of the model that is such a value is an output, all of them at once; only where the
+    gradients differ one by one, against every value that it may be.
+    """
+    learned = _leaves(model, subject, traced)
+    seen = Seen({value.trait.shape for value in traced.asleep.values()})
+    try:
+        with lifted(), kept(model):
+            call, given = _own_call(model, subject, inputs, traced)
+            with seen:
+                outputs = call()
+            pairs = pairs_of(seen.behind(outputs), traced.asleep, subject.seed)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  it is the user's code that runs
+        return words.own_does_not_run(error)
+    values = given | learned
+
+    def agree(some: list[Pair], names: list[str]) -> bool:
+        with lifted(), kept(model):
+            total = paired([p.cotangent for p in some], [p.own for p in some])
+            grads = gradients(total, list(values.values()), again=True)
+        theirs = traced_gradient(subject, inputs, [p.cotangent for p in some], names)
+        assert theirs is not None, "it is asked for at values"
+        own = _hooked(subject, dict(zip(values, grads, strict=True)))
+        return _same(_Rounding(subject, inputs, theirs), own, theirs, values)
+
+    if pairs and not agree(pairs, [p.names[0] for p in pairs]):
+        for pair in pairs:
+            if not any(agree([pair], [name]) for name in pair.names):
+                return words.modified_asleep(subject.where(traced.asleep[pair.names[0]].by))
+    return ""
+
+
+def _same(
+    rounding: _Rounding, own: dict[str, Tensor], traced: Gradient, values: dict[str, Tensor]
+) -> bool:
+    """Whether the gradients by all leaves, whose values these are, agree."""
+    return all(
         rounding.agree(g, _of(traced, name), lambda other, n=name: _of(other, n), values[name])
         for name, g in own.items()
     )
-    if same:
-        return Own()
-    shares = _shares(subject, traced, own, values, _total(traced.cotangents, outputs))
-    return Own(True, shares, "" if shares else words.MODIFIED_BEHIND_A_TABLE)
 
 
-def _hooked(traced: nn.Module, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+def _hooked(subject: Subject, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gradients as the hooks on the user's parameters leave them, which a copy forgets."""
+    traced = subject.graph.fx
     for name, parameter in traced.named_parameters():
         for hook in (parameter._backward_hooks or {}).values() if name in grads else ():
             found = hook(grads[name])
@@ -110,6 +156,19 @@ def _own_gradient(
 ) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
     """A callable's outputs; its float inputs by name; the gradients of <c, f> by those inputs and
     then by `learned`, all by its own autograd."""
+    with lifted(), kept(model):  # in float64: a cache that keeps it is no longer the user's
+        call, given = _own_call(model, subject, inputs, traced)
+        outputs = call()
+        if [o.shape for o in outputs] != [c.shape for c in traced.cotangents]:
+            return [], given, []
+        grads = gradients(paired(traced.cotangents, outputs), [*given.values(), *learned.values()])
+    return [o.detach() for o in outputs], given, grads
+
+
+def _own_call(
+    model: Any, subject: Subject, inputs: list[Any], traced: Gradient
+) -> tuple[Callable[[], list[Tensor]], dict[str, Tensor]]:
+    """What runs a callable, and its float inputs by name."""
     graph = subject.graph
     leaves = [t.detach().clone().requires_grad_() if is_ray(t) else t for t in inputs]
     spec = pytree.tree_structure((graph.args, graph.kwargs))
@@ -117,12 +176,7 @@ def _own_gradient(
     args, kwargs = graph.given(*pytree.tree_unflatten(passed, spec))
     named = zip(graph.placeholders, leaves, strict=False)
     given = {n.name: t for n, t in named if is_ray(t) and n.name in traced.by_source}
-    with lifted(), kept(model):  # in float64: a cache that keeps it is no longer the user's
-        outputs = graph.reading.tensors(model(*args, **kwargs))
-        if [o.shape for o in outputs] != [c.shape for c in traced.cotangents]:
-            return [], given, []
-        grads = gradients(paired(traced.cotangents, outputs), [*given.values(), *learned.values()])
-    return [o.detach() for o in outputs], given, grads
+    return lambda: graph.reading.tensors(model(*args, **kwargs)), given
 
 
 class _Rounding:
@@ -154,7 +208,10 @@ class _Rounding:
     def _others(self) -> list[Gradient]:
         if self.others is None:
             moved = [[_last_digits(t, s) for t in self.inputs] for s in (1.0, -1.0)]
-            found = (traced_gradient(self.subject, m, self.traced.cotangents) for m in moved)
+            found = (
+                traced_gradient(self.subject, m, self.traced.cotangents, self.traced.taken)
+                for m in moved
+            )
             self.others = [f for f in found if f is not None]
         return self.others
 

@@ -38,10 +38,8 @@ class Evidence:
 
     A `Whole` is None where the output is zero. `layout_faults`: nodes whose kernel is at fault,
     looked for where nothing else explains a residual. `unedited`: the gradient as it is, where a
-    plan is judged. `elsewhere`: at other inputs, where no gradient reaches those that were given,
-    and the own backward would be compared with nothing. `shown`: in other precisions; `refusals`
-    say in which it does not run. `note`: why the perturbed measurement is that at the model's own
-    parameters.
+    plan is judged. `shown`: in other precisions; `refusals` say in which it does not run. `note`:
+    why the perturbed measurement is that at the model's own parameters.
     """
 
     local: Local
@@ -50,7 +48,6 @@ class Evidence:
     layout_faults: tuple[str, ...] = ()
     forward: Forward = Forward.SAME_BITS
     unedited: Whole | None = None
-    elsewhere: Whole | None = None
     shown: tuple[EndToEnd, ...] = ()
     refusals: tuple[str, ...] = ()
     note: str = ""
@@ -58,7 +55,7 @@ class Evidence:
     @property
     def wholes(self) -> list[Whole]:
         """The measurements that are judged."""
-        measured = self.at_own_parameters, self.at_perturbed, self.elsewhere
+        measured = self.at_own_parameters, self.at_perturbed
         return [w for w in measured if w is not None]
 
     @property
@@ -268,6 +265,9 @@ def _problems_before_the_sum(
     structure: Structure, evidence: Evidence, bounds: Bounds
 ) -> Iterator[str]:
     yield from _local_problems(structure, evidence.local)
+    for whole in evidence.wholes:
+        if not whole.found.relative <= bounds.tolerance:
+            yield from whole.unconverged
     if evidence.at_perturbed is None:
         yield words.ZERO_OUTPUT
     share = _input_share(evidence.wholes)
@@ -294,8 +294,6 @@ def _found_notes(
         yield evidence.note
     if evidence.at_own_parameters is None and evidence.at_perturbed is not None:
         yield words.ZERO_AT_OWN_PARAMETERS
-    if evidence.elsewhere is not None:
-        yield words.ELSEWHERE
     share = _input_share(evidence.wholes)
     if bounds.least_share <= share < SMALL_SHARE:
         yield words.small_share(share)

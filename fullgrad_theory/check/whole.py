@@ -19,8 +19,8 @@ from .own import Own, compared
 from .report import EndToEnd
 from .subject import Subject
 
+OWN = "own parameters"
 PERTURBED = "perturbed parameters"
-ELSEWHERE = "other inputs"
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,25 @@ class Whole:
 
     `parts`: the sum of the contributions' magnitudes relative to the output's. `own`: the user's
     own gradient beside the traced one; what it attributes is what was measured if it is another.
+    `unconverged`: what integrals said that missed their tolerance.
     """
 
     found: EndToEnd
     parts: float
     own: Own
+    unconverged: tuple[str, ...] = ()
 
 
-def end_to_end(where: str, subject: Subject, inputs: list[Any], model: Any = None) -> Whole | None:
+def end_to_end(
+    where: str, subject: Subject, inputs: list[Any], model: Any = None, listens: bool = False
+) -> Whole | None:
     """The residual of the whole at flat inputs; None where the output is zero.
 
-    `model`: whose own gradient counts where it is not the traced one. Raises `NonFiniteError`.
+    `model`: whose own gradient counts where it is not the traced one; `listens`: it is looked at
+    where no gradient reaches, too. Raises `NonFiniteError`.
     """
     subject.tick(f"end to end, {where}", 0, 1)
-    traced = traced_gradient(subject, inputs)
+    traced = traced_gradient(subject, inputs, listens=listens and model is not None)
     if traced is None:
         return None
     own = compared(model, subject, inputs, traced)
@@ -57,7 +62,7 @@ def end_to_end(where: str, subject: Subject, inputs: list[Any], model: Any = Non
         shares.through_input / shares.value if shares.value else float("nan"),
         through_biases / shares.value if shares.value else float("nan"),
     )
-    return Whole(found, traced.parts, own)
+    return Whole(found, traced.parts, own, traced.unconverged)
 
 
 def in_precisions(

@@ -118,7 +118,6 @@ ZERO_OUTPUT = "the output is zero even at perturbed parameters: nothing to judge
 ZERO_AT_OWN_PARAMETERS = (
     "the output is zero at the model's own parameters; judged at perturbed ones"
 )
-ELSEWHERE = "no gradient reaches the given inputs: the model's own backward was compared at others"
 UNDETERMINED = (
     "the gradient is not finite (a root of 0, say): infinity times zero is undetermined, and "
     "nothing adds up; clamp the value away from there"
@@ -137,6 +136,20 @@ MODIFIED_BEHIND_A_TABLE = (
     "autograd.Function, a hook, a patch), and what it sends to the embedding cannot be told from "
     "what it sends to the other uses of that table; pass the embedded values as the input"
 )
+MODIFIED_ASLEEP = (
+    "the model's own backward is modified, and at these inputs no gradient reaches a part of the "
+    "model, so that nothing shows what it does there; give inputs at which one does"
+)
+
+
+def modified_asleep(where: str) -> str:
+    return (
+        f"{where}: at these inputs no gradient passes it, or not everywhere, and what the model's "
+        "own backward does before it is not what its traced graph does: it is modified there (an "
+        "autograd.Function, a hook, a patch), unseen; give inputs at which a gradient passes"
+    )
+
+
 COPY_DIFFERS = (
     "a copy of the model in float64 computes other values than its trace does there: its code asks "
     "for a dtype, or holds what a copy does not, so that it cannot be judged in float64"
