@@ -1018,6 +1018,15 @@ def _hooked(x: Tensor, size: float) -> Tensor:
     return layer(x)  # type: ignore[no-any-return]
 
 
+def _hook_on(x: Tensor, size: float) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda g: g * size)
+    return x
+
+
+_MIXING = torch.arange(16.0, dtype=torch.float64).reshape(4, 4).sin()
+
+
 def _second(size: float) -> Tensor:
     return torch.tensor([1.0, size, 1.0, 1.0], dtype=torch.float64)
 
@@ -1040,6 +1049,17 @@ ZEROS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "the smaller one": lambda x, s: torch.maximum(x, _times(x, s) - 8),
     "a list": lambda x, s: torch.stack([x, _times(x, s) - 1]).amax(0),
     "a gate that is shut": lambda x, s: x * 2 + _times(x, s) * (x < 0),
+    "behind a dead layer": lambda x, s: x + _times(torch.relu(-x), s),
+    "a hook behind one": lambda x, s: x + _hook_on(torch.relu(-x), s),
+    "between two": lambda x, s: x + torch.relu(_times(torch.relu(x - 9), s) - 1),
+    "zeros that are alike": lambda x, s: x + _times(torch.relu(torch.relu(-x) @ _MIXING), s),
+    "a part of a list": lambda x, s: (
+        x + torch.cat([_times(a, s) for a in torch.relu(-x).chunk(2, -1)], -1)
+    ),
+    "not the largest": lambda x, s: (
+        x + (_times(x, _second(s)) - 9 * (1 - _second(0))).amax(-1, True)
+    ),
+    "behind a bound": lambda x, s: x + _times(x.clamp(min=50), s) - 50,
 }
 
 
@@ -1096,6 +1116,46 @@ def test_leaves_that_are_dead_at_the_inputs(what: str, size: float) -> None:
     elif what == "one of two inputs":
         given = (*given, torch.randn(2, 4, dtype=torch.float64))
     assert fgt.check_completeness(model, given).complete is (True if size == 1.0 else None)
+
+
+class _Kink(torch.autograd.Function):
+    """relu, whose gradient is multiplied: where its input is negative that is no lie."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.size = size
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return g * (x > 0) * ctx.size, None
+
+
+@pytest.mark.parametrize("size", [3.0, 1.0 + 1e-5, 1.0])
+@pytest.mark.parametrize("what", ["the input", "a parameter", "a table"])
+def test_a_backward_that_is_wrong_for_other_values_alone(what: str, size: float) -> None:
+    """The own gradient is right at the given point, and at no point of other signs."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(7, 4)
+            self.low = torch.nn.Parameter(-torch.rand(4) - 0.1)
+            self.head = torch.nn.Linear(4, 3)
+            with torch.no_grad():
+                self.table.weight.abs_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.table(x) if what == "a table" else x
+            dead = _Kink.apply(self.low if what == "a parameter" else -x, size)  # type: ignore[no-untyped-call]
+            return self.head(x + dead)  # type: ignore[no-any-return]
+
+    x = torch.randint(7, (2, 5)) if what == "a table" else torch.rand(2, 4).double() + 0.1
+    report = fgt.check_completeness(Net().double().eval(), x)
+    assert report.complete is (True if size == 1.0 else None)
+    assert size == 1.0 or any("other inputs" in problem for problem in report.problems)
 
 
 def test_a_modified_backward_is_not_judged_where_no_gradient_passes() -> None:

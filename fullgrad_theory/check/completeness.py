@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +27,7 @@ from ..plan.labelling import degrees
 from ..plan.measuring import graph_of, refuse_chosen
 from ..plan.plan import Plan
 from . import words
-from .copies import double_copies, double_inputs, jittered, perturb, widened
+from .copies import double_copies, double_inputs, jittered, perturb, redraw, redrawn, widened
 from .layout import layout_faults
 from .local import node_by_node
 from .own import forward_beside
@@ -37,6 +38,8 @@ from .verdict import Bounds, Evidence, Sum, report_of, sum_of
 from .whole import OWN, PERTURBED, end_to_end, in_precisions
 
 TOLERANCE = 1e-10
+_TRIES = 3
+"""of inputs drawn anew"""
 
 
 def check_completeness(
@@ -187,7 +190,27 @@ def _evidence(
             evidence, unedited=end_to_end("unedited", _unedited(subject, root), inputs)
         )
     shown, refusals = in_precisions(beside, subject, structure.edits, root, inputs)
-    return replace(evidence, shown=shown, refusals=refusals)
+    evidence = replace(evidence, shown=shown, refusals=refusals)
+    if own is not None and listens and not evidence.modified:
+        redraw([*modules_of(own), root], structure.labels.live.exponents, generator)
+        modified = _modified_elsewhere(subject, inputs, own, generator)
+        evidence = replace(evidence, modified_elsewhere=modified)
+    return evidence
+
+
+def _modified_elsewhere(
+    subject: Subject, inputs: list[Any], own: Model, generator: torch.Generator
+) -> bool:
+    """Whether the own gradient is another at parameters and inputs drawn anew, where the model has
+    a value there."""
+    for _ in range(_TRIES):
+        try:
+            whole = end_to_end("drawn anew", subject, redrawn(inputs, generator), own)
+        except (NonFiniteError, RuntimeError):  # they are not the user's: they may not fit
+            continue
+        if whole is not None and not whole.own.problem:
+            return whole.own.modified
+    return False
 
 
 def _subject(

@@ -138,6 +138,20 @@ def perturb(modules: list[Any], held: Collection[str], generator: torch.Generato
     Signs stay, and what is not larger than 1 stays so: a root, a logarithm, an arc cosine keeps its
     domain. `held`: names of parameters that stay, as a degree is read from them.
     """
+    with torch.no_grad():
+        for tensor in _learned(modules, held):
+            tensor.copy_(_moved(tensor, 0.3, generator))
+
+
+def redraw(modules: list[Any], held: Collection[str], generator: torch.Generator) -> None:
+    """Other parameters, of both signs and as large; these may leave a domain."""
+    with torch.no_grad():
+        for tensor in _learned(modules, held):
+            tensor.copy_(_drawn(tensor, generator))
+
+
+def _learned(modules: list[Any], held: Collection[str]) -> list[Tensor]:
+    """The floating-point parameters of modules, each once, and the means that they keep."""
     tensors: dict[int, Tensor] = {}
     stay: set[int] = set()
     for module in modules:
@@ -145,10 +159,7 @@ def perturb(modules: list[Any], held: Collection[str], generator: torch.Generato
         means = (b for n, b in module.named_buffers() if n.endswith("running_mean"))
         tensors |= {id(b): b for b in means}
         stay |= {id(p) for n, p in module.named_parameters() if n in held}
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and key not in stay:
-                tensor.copy_(_moved(tensor, 0.3, generator))
+    return [t for key, t in tensors.items() if t.is_floating_point() and key not in stay]
 
 
 def _moved(value: Tensor, part: float, generator: torch.Generator) -> Tensor:
@@ -159,6 +170,13 @@ def _moved(value: Tensor, part: float, generator: torch.Generator) -> Tensor:
     if bool((few.abs() < 1e-3).all()) and bool((few == few[:1]).all()):
         return value + torch.where(value < 0, -0.1, 0.1) * (0.5 + draw)
     return value * (1.0 - part * draw)
+
+
+def _drawn(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers, as large as the tensor's finite ones are in the mean."""
+    size = value.detach().abs().nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt().clamp(min=1e-3)
+    draw = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return size * draw.to(value)
 
 
 # --------------------------------------------------------------------------- inputs
@@ -173,6 +191,11 @@ def double_inputs(graph: ComputationGraph) -> list[Any]:
 def jittered(inputs: list[Any], generator: torch.Generator) -> list[Any]:
     """The inputs with a little noise, which keeps signs and magnitudes below 1."""
     return [_moved(t, 0.1, generator) if is_ray(t) and t.numel() else t for t in inputs]
+
+
+def redrawn(inputs: list[Any], generator: torch.Generator) -> list[Any]:
+    """Other inputs of the same sizes, of both signs and as large; whole numbers as they are."""
+    return [_drawn(t, generator) if is_ray(t) and t.numel() else t for t in inputs]
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backward.running import finite_products, inner
 from ..errors import NonConvergenceWarning, NonFiniteError
 from . import words
-from .listening import Asleep, Listening
+from .listening import Listening, Sleep
 from .local import node_by_node
 from .numeric import aligned, float_leaves, gradients, paired
 from .subject import Subject
@@ -33,9 +33,9 @@ class Gradient:
     """A gradient by the graph's sources under `cotangents`, one an output.
 
     `by_leaf`: by its parameters and tensors, under their names. `magnitude`: sum |c f|; `parts`:
-    the sum of the contributions' magnitudes relative to it. `taken`: the values that were the
-    outputs, where they are not the model's; `asleep`: those that no gradient reached, where that
-    was listened to; `unconverged`: what integrals said that missed their tolerance.
+    the sum of the contributions' magnitudes relative to it. `taken`: values that were outputs as
+    well, and `by_value`: the gradient by some; `sleep`: what no gradient reached, where that was
+    listened to; `unconverged`: what integrals said that missed their tolerance.
     """
 
     outputs: list[Tensor]
@@ -47,7 +47,8 @@ class Gradient:
     parts: float
     dtype: torch.dtype
     taken: Sequence[str] = ()
-    asleep: Mapping[str, Asleep] = field(default_factory=dict)
+    by_value: Mapping[str, Tensor] = field(default_factory=dict)
+    sleep: Sleep = field(default_factory=Sleep)
     unconverged: tuple[str, ...] = ()
 
 
@@ -56,12 +57,14 @@ def traced_gradient(
     inputs: list[Any],
     cotangents: list[Tensor] | None = None,
     taken: Sequence[str] = (),
+    watched: Collection[str] = (),
     listens: bool = False,
 ) -> Gradient | None:
     """The gradient of the subject at flat inputs; None where the output is zero.
 
     `cotangents`: left out, random ones with the signs of the outputs. `taken`: names of values that
-    are the outputs instead. `listens`: to what no gradient reaches.
+    are the first outputs. `watched`: of those by which the gradient is asked for, too. `listens`:
+    to what no gradient reaches.
     Raises `NonFiniteError` where the output is not finite, and names the first such node.
     """
     biases: dict[str, float] = {}
@@ -71,12 +74,12 @@ def traced_gradient(
         biases[name] = biases.get(name, 0.0) + inner(g, added)
         parts.append(_size(g, added))
 
-    run = Listening(subject, on_bias, listens, taken)
+    run = Listening(subject, on_bias, listens, {*taken, *watched})
     with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")  # theirs are shown where the model runs as it is
         warnings.simplefilter("always", NonConvergenceWarning)
         outputs = float_leaves(run.run(*inputs, enable_io_processing=False))
-        outputs = [run.taken[name] for name in taken] or outputs
+        outputs = [*(run.taken[name] for name in taken), *outputs]
         if cotangents is None:
             cotangents = [aligned(o, subject.seed) for o in outputs]
         pairs = zip(cotangents, outputs, strict=True)
@@ -90,8 +93,9 @@ def traced_gradient(
         sources = list(run.sources.values())
         named = (*subject.module.named_parameters(), *subject.module.named_buffers())
         leaves = {n: p for n, p in named if p.requires_grad}
-        both = gradients(value, [*sources, *leaves.values()])
-        grads = both[: len(sources)]
+        values = {name: run.taken[name] for name in watched}
+        found = iter(gradients(value, [*sources, *leaves.values(), *values.values()]))
+        grads = [next(found) for _ in sources]
     through_input = sum(inner(g, x) for g, x in zip(grads, sources, strict=True))
     parts += [_size(g, x) for g, x in zip(grads, sources, strict=True)]
     shares = Shares(float(value.detach()), through_input, biases)
@@ -99,12 +103,13 @@ def traced_gradient(
         [o.detach() for o in outputs],
         cotangents,
         dict(zip(run.sources, grads, strict=True)),
-        dict(zip(leaves, both[len(sources) :], strict=True)),
+        dict(zip(leaves, found, strict=False)),
         shares,
         magnitude,
         sum(parts) / magnitude if magnitude else 0.0,
         value.dtype,
         taken,
+        dict(zip(values, found, strict=True)),
         run.asleep,
         tuple(dict.fromkeys(str(warning.message) for warning in caught)),
     )

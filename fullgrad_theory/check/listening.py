@@ -6,8 +6,8 @@ an output of its own, under a random cotangent, and then everything before it is
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class Listening(Run):
         self.listens, self.takes = listens, frozenset(takes)
         self.taken: dict[str, Tensor] = {}
         self.traits: dict[str, Trait] = {}
-        self.uses: list[tuple[str, _Use]] = []
+        self.uses: list[_Use] = []
 
     def run_node(self, n: fx.Node) -> Any:
         before = len(self.uses)
@@ -90,8 +90,9 @@ class Listening(Run):
             return value
         if read.name not in self.traits:
             self.traits[read.name] = trait_of(value)
-        alias, use = value.view_as(value), _Use(by.name)
-        self.uses.append((read.name, use))
+        alias = value.view_as(value)
+        use = _Use(read.name, by.name, tuple(part.name for part in by.users))
+        self.uses.append(use)
         # of the use, not of the run: a hook that held this could not be freed with its tensor
         alias.register_hook(partial(_hear, use))
         return alias
@@ -102,41 +103,46 @@ class Listening(Run):
         self.listens = listened
 
     @property
-    def asleep(self) -> dict[str, Asleep]:
-        """After the backward: each finite value of which a use got a zero."""
-        uses: dict[str, list[_Use]] = {name: [] for name in self.traits}
-        for name, use in self.uses:
-            uses[name].append(use)
-        return {
-            name: Asleep(
-                self.traits[name],
-                next(use.by for use in found if not use.everywhere),
-                not all(use.anywhere for use in found),
-            )
-            for name, found in uses.items()
-            if self.traits[name].size < float("inf") and not all(use.everywhere for use in found)
-        }
+    def asleep(self) -> Sleep:
+        """After the backward: what got zeros, and what is behind it."""
+        finite = {name: t for name, t in self.traits.items() if t.size < float("inf")}
+        deaf = [use for use in self.uses if not use.everywhere and use.name in finite]
+        return Sleep(
+            finite,
+            {use.name: use.by for use in reversed(deaf)},
+            frozenset(name for use in deaf for name in (use.by, *use.parts)) & finite.keys(),
+            any(use.heard and not use.anywhere for use in deaf),
+        )
 
 
 @dataclass(frozen=True)
-class Asleep:
-    """A value of which a use, the first `by` this node, gets a cotangent with zeros; `whole`: one
-    gets nothing but zeros."""
+class Sleep:
+    """Values that no gradient reaches, or not everywhere.
 
-    trait: Trait
-    by: str
-    whole: bool
+    `traits`: of all that ask for a gradient; `asleep`: those of which a use gets zeros, with the
+    node that uses them; `behind`: what such nodes give, and whose own cotangent they may hide;
+    `whole`: a use gets nothing but zeros.
+    """
+
+    traits: Mapping[str, Trait] = field(default_factory=dict)
+    asleep: Mapping[str, str] = field(default_factory=dict)
+    behind: Collection[str] = ()
+    whole: bool = False
 
 
 @dataclass
 class _Use:
-    """Where the cotangent of a use of a value, by a node, is not zero."""
+    """Of the value `name` by a node, some outputs of which may have names, too: where its cotangent
+    is not zero."""
 
+    name: str
     by: str
+    parts: tuple[str, ...]
+    heard: bool = False
     everywhere: bool = False
     anywhere: bool = False
 
 
 def _hear(use: _Use, g: Tensor | None) -> None:
     if g is not None:
-        use.everywhere, use.anywhere = bool(g.all()), bool(g.any())
+        use.heard, use.everywhere, use.anywhere = True, bool(g.all()), bool(g.any())

@@ -22,7 +22,7 @@ from ..graph.foreign import met
 from ..graph.keeping import kept, untouched, without_fast_path
 from ..operators.calls import is_ray
 from . import words
-from .asleep import Pair, Seen, pairs_of
+from .asleep import Seen, Sleeper, heard, sleepers_of
 from .gradient import Gradient, Shares, traced_gradient
 from .lifting import lifted
 from .numeric import float_leaves, gradients, paired
@@ -70,46 +70,68 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
     values = given | learned
     own = _hooked(subject, dict(zip(values, grads, strict=True)))
     if _same(rounding, own, traced, values):
-        return Own(problem=_asleep(model, subject, inputs, traced) if traced.asleep else "")
-    problem = words.MODIFIED_ASLEEP if any(a.whole for a in traced.asleep.values()) else ""
+        try:
+            return Own(
+                problem=_asleep(model, subject, inputs, traced) if traced.sleep.asleep else ""
+            )
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  it is the user's code that runs
+            return Own(problem=words.own_does_not_run(error))
     shares = _shares(subject, traced, own, values, _total(traced.cotangents, outputs))
+    problem = words.MODIFIED_ASLEEP if traced.sleep.whole else ""
     return Own(True, shares, problem if shares else words.MODIFIED_BEHIND_A_TABLE)
 
 
 def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -> str:
-    """Why the own gradient is not the traced one at values that no gradient reaches; "" where it
-    is.
+    """Why the own gradient is not the traced one where no gradient reaches; "" where it is.
 
-    Each tensor of the model that is such a value is an output, all of them at once; only where the
-    gradients differ one by one, against every value that it may be.
+    All sleeping values are outputs at once; only where the gradients differ one by one, and each
+    tensor against every value that it may be.
     """
     learned = _leaves(model, subject, traced)
-    seen = Seen({value.trait.shape for value in traced.asleep.values()})
-    try:
-        with lifted(), kept(model):
-            call, given = _own_call(model, subject, inputs, traced)
-            with seen:
-                outputs = call()
-            pairs = pairs_of(seen.behind(outputs), traced.asleep, subject.seed)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001  it is the user's code that runs
-        return words.own_does_not_run(error)
+    seen = Seen({trait.shape for trait in traced.sleep.traits.values()})
+    with lifted(), kept(model):
+        call, given = _own_call(model, subject, inputs, traced)
+        with seen:
+            outputs = call()
+        sleepers = sleepers_of(seen.behind(outputs), traced.sleep, subject.seed)
     values = given | learned
+    behind = [s for s in sleepers if s.behind]
+    watched = {name: None for s in behind for name in s.names}
 
-    def agree(some: list[Pair], names: list[str]) -> bool:
-        with lifted(), kept(model):
-            total = paired([p.cotangent for p in some], [p.own for p in some])
-            grads = gradients(total, list(values.values()), again=True)
-        theirs = traced_gradient(subject, inputs, [p.cotangent for p in some], names)
-        assert theirs is not None, "it is asked for at values"
-        own = _hooked(subject, dict(zip(values, grads, strict=True)))
-        return _same(_Rounding(subject, inputs, theirs), own, theirs, values)
+    def differs(some: list[tuple[Sleeper, str]]) -> Sleeper | bool:
+        """Whether a gradient does, where these are outputs as well; or the tensor whose does."""
+        cotangents = [*(s.cotangent for s, _ in some), *traced.cotangents]
+        leaves: list[Any] = [*values.values(), *(s.edge for s in behind)]
+        with lifted(), kept(model), heard(s.edge for s in behind) as passed:
+            total = paired(cotangents, [*(s.own for s, _ in some), *outputs])
+            grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        names = [name for _, name in some]
+        theirs = traced_gradient(subject, inputs, cotangents, names, watched)
+        assert theirs is not None, "it was no zero before"
+        rounding = _Rounding(subject, inputs, theirs, watched)
+        likes = [*values.values(), *(s.own for s in behind)]
+        found = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
+        own = _hooked(subject, dict(zip(values, found, strict=False)))
+        if not _same(rounding, own, theirs, values):
+            return True
+        for sleeper, g in zip(behind, found[len(values) :], strict=True):
+            g = passed.get(sleeper.edge, g)
+            if not any(
+                rounding.agree(g, theirs.by_value[n], lambda other, n=n: other.by_value[n])
+                for n in sleeper.names
+            ) and not sleeper.is_seen_by(sleepers):
+                return sleeper
+        return False
 
-    if pairs and not agree(pairs, [p.names[0] for p in pairs]):
-        for pair in pairs:
-            if not any(agree([pair], [name]) for name in pair.names):
-                return words.modified_asleep(subject.where(traced.asleep[pair.names[0]].by))
+    if not differs([(s, s.asleep) for s in sleepers if s.asleep]):
+        return ""
+    if isinstance(hidden := differs([]), Sleeper):
+        return words.modified_asleep(subject.where(hidden.names[0]))
+    for sleeper in sleepers:
+        if sleeper.asleep and all(differs([(sleeper, name)]) for name in sleeper.names):
+            return words.modified_asleep(subject.where(traced.sleep.asleep[sleeper.asleep]))
     return ""
 
 
@@ -183,8 +205,10 @@ class _Rounding:
     """How far two tensors may be apart: by rounding alone, which is measured where it is needed, by
     the traced gradient at inputs that differ in their last digits."""
 
-    def __init__(self, subject: Subject, inputs: list[Any], traced: Gradient) -> None:
-        self.subject, self.inputs, self.traced = subject, inputs, traced
+    def __init__(
+        self, subject: Subject, inputs: list[Any], traced: Gradient, watched: Collection[str] = ()
+    ) -> None:
+        self.subject, self.inputs, self.traced, self.watched = subject, inputs, traced, watched
         self.others: list[Gradient] | None = None
 
     def agree(self, own: Tensor, traced: Tensor, of: Any, value: Tensor | None = None) -> bool:
@@ -208,10 +232,8 @@ class _Rounding:
     def _others(self) -> list[Gradient]:
         if self.others is None:
             moved = [[_last_digits(t, s) for t in self.inputs] for s in (1.0, -1.0)]
-            found = (
-                traced_gradient(self.subject, m, self.traced.cotangents, self.traced.taken)
-                for m in moved
-            )
+            given = self.traced.cotangents, self.traced.taken, self.watched
+            found = (traced_gradient(self.subject, m, *given) for m in moved)
             self.others = [f for f in found if f is not None]
         return self.others
 

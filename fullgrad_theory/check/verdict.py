@@ -39,7 +39,8 @@ class Evidence:
     A `Whole` is None where the output is zero. `layout_faults`: nodes whose kernel is at fault,
     looked for where nothing else explains a residual. `unedited`: the gradient as it is, where a
     plan is judged. `shown`: in other precisions; `refusals` say in which it does not run. `note`:
-    why the perturbed measurement is that at the model's own parameters.
+    why the perturbed measurement is that at the model's own parameters. `modified_elsewhere`: the
+    user's own backward is the traced one at both, and not at a third point.
     """
 
     local: Local
@@ -51,6 +52,7 @@ class Evidence:
     shown: tuple[EndToEnd, ...] = ()
     refusals: tuple[str, ...] = ()
     note: str = ""
+    modified_elsewhere: bool = False
 
     @property
     def wholes(self) -> list[Whole]:
@@ -71,6 +73,7 @@ class Evidence:
             Forward.NOT_FINITE: words.OWN_NOT_FINITE,
         }
         own = [w.own.problem for w in self.wholes if w.own.problem]
+        own += [words.MODIFIED_ELSEWHERE] * self.modified_elsewhere
         return [*own, *(of_forward[f] for f in [self.forward] if f in of_forward)]
 
     @property

@@ -142,6 +142,13 @@ MODIFIED_ASLEEP = (
 )
 
 
+MODIFIED_ELSEWHERE = (
+    "at other inputs and parameters than these the model's own gradient is not that of its traced "
+    "graph: its backward is modified (an autograd.Function, a hook, a patch), and only for some "
+    "values; give inputs at which it is seen"
+)
+
+
 def modified_asleep(where: str) -> str:
     return (
         f"{where}: at these inputs no gradient passes it, or not everywhere, and what the model's "
