@@ -1024,6 +1024,21 @@ def _hook_on(x: Tensor, size: float) -> Tensor:
     return x
 
 
+def _kink(x: Tensor) -> Tensor:
+    return _Kink.apply(x, 1.0)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _unseen(x: Tensor, size: float) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return torch.relu(_times(x, size))
+
+
+def _around(x: Tensor, size: float) -> Tensor:
+    layer = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())
+    layer.register_full_backward_hook(lambda m, given, out: (given[0] * size,))
+    return layer(x)  # type: ignore[no-any-return]
+
+
 _MIXING = torch.arange(16.0, dtype=torch.float64).reshape(4, 4).sin()
 
 
@@ -1059,6 +1074,13 @@ ZEROS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "not the largest": lambda x, s: (
         x + (_times(x, _second(s)) - 9 * (1 - _second(0))).amax(-1, True)
     ),
+    "a Function on a Function": lambda x, s: x + _kink(_times(-x, s)),
+    "where torch's functions are not seen": lambda x, s: x + _unseen(-x, s),
+    "a mask's infinities": lambda x, s: (
+        x + torch.relu(_times((-x).masked_fill(_MIXING[:2] > 0, -torch.inf), s))
+    ),
+    "beside what is large": lambda x, s: x + torch.relu(-x) + torch.relu(_times(-x - 1e20, s)),
+    "a module that is dead inside": lambda x, s: x + _around(-x, s),
     "behind a bound": lambda x, s: x + _times(x.clamp(min=50), s) - 50,
 }
 
@@ -1156,6 +1178,61 @@ def test_a_backward_that_is_wrong_for_other_values_alone(what: str, size: float)
     report = fgt.check_completeness(Net().double().eval(), x)
     assert report.complete is (True if size == 1.0 else None)
     assert size == 1.0 or any("other inputs" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("bound", [1e3, None])
+def test_a_backward_that_clips_large_cotangents(bound: float | None) -> None:
+    """It is none of a Jacobian, whatever it does to small ones."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2.0
+            if y.requires_grad and bound is not None:
+                y.register_hook(lambda g: g.clamp(-bound, bound))
+            return y.relu()
+
+    report = fgt.check_completeness(Net(), torch.randn(2, 4))
+    assert report.complete is (True if bound is None else None)
+
+
+HONEST: dict[str, Callable[[Tensor], Tensor]] = {
+    "masks": lambda x: torch.maximum(x, (x - 9).masked_fill(_MIXING[:2] > 0, -torch.inf)),
+    "one transposed matrix twice": lambda x: x + torch.relu(x @ _MIXING.T - 99) + x @ _MIXING.T,
+    "a part that nothing reads": lambda x: x + torch.relu(_pair(-x, x)[0]),
+    "copies": lambda x: x + torch.relu(-x) + torch.relu(-x).abs() + torch.relu(-x.clone()),
+    "a view beside its base": lambda x: x + torch.relu(-x) + torch.relu(-x).view(4, 2).view(2, 4),
+    "nothing but rounding": lambda x: x + torch.relu((x * 3 - x * 2 - x) * 1.0),
+    "written to": lambda x: (x - 9).relu_().mul(2).add_(x),
+    "not there": lambda x: x + torch.relu(-x).sum() * torch.ones_like(x),
+}
+
+
+class _Pair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.clone(), b.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return g, h
+
+
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return _Pair.apply(a, b)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_backward_with_zeros_is_believed(name: str) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(HONEST[name](x))  # type: ignore[no-any-return]
+
+    x = torch.rand(2, 4, dtype=torch.float64) + 0.1
+    assert fgt.check_completeness(Net().double().eval(), x).complete is True
 
 
 def test_a_modified_backward_is_not_judged_where_no_gradient_passes() -> None:

@@ -28,9 +28,10 @@ from ..plan.measuring import graph_of, refuse_chosen
 from ..plan.plan import Plan
 from . import words
 from .copies import double_copies, double_inputs, jittered, perturb, redraw, redrawn, widened
+from .gradient import traced_gradient
 from .layout import layout_faults
 from .local import node_by_node
-from .own import forward_beside
+from .own import compared, forward_beside
 from .report import IncompleteError, Report
 from .structure import Structure, structure_of
 from .subject import Subject
@@ -40,6 +41,8 @@ from .whole import OWN, PERTURBED, end_to_end, in_precisions
 TOLERANCE = 1e-10
 _TRIES = 3
 """of inputs drawn anew"""
+_LOUD = 1e6
+"""times the cotangents elsewhere"""
 
 
 def check_completeness(
@@ -199,17 +202,19 @@ def _evidence(
 
 
 def _modified_elsewhere(
-    subject: Subject, inputs: list[Any], own: Model, generator: torch.Generator
+    subject: Subject, inputs: list[Any], own_model: Model, generator: torch.Generator
 ) -> bool:
     """Whether the own gradient is another at parameters and inputs drawn anew, where the model has
-    a value there."""
+    a value there, under cotangents so large that a backward that clips them is seen."""
     for _ in range(_TRIES):
+        drawn = redrawn(inputs, generator)
         try:
-            whole = end_to_end("drawn anew", subject, redrawn(inputs, generator), own)
+            traced = traced_gradient(subject, drawn, loud=_LOUD)
         except (NonFiniteError, RuntimeError):  # they are not the user's: they may not fit
             continue
-        if whole is not None and not whole.own.problem:
-            return whole.own.modified
+        own = compared(own_model, subject, drawn, traced) if traced else None
+        if own is not None and not own.problem:
+            return own.modified
     return False
 
 

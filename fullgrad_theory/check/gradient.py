@@ -59,12 +59,13 @@ def traced_gradient(
     taken: Sequence[str] = (),
     watched: Collection[str] = (),
     listens: bool = False,
+    loud: float = 1.0,
 ) -> Gradient | None:
     """The gradient of the subject at flat inputs; None where the output is zero.
 
     `cotangents`: left out, random ones with the signs of the outputs. `taken`: names of values that
     are the first outputs. `watched`: of those by which the gradient is asked for, too. `listens`:
-    to what no gradient reaches.
+    to what no gradient reaches. `loud`: the size of random cotangents.
     Raises `NonFiniteError` where the output is not finite, and names the first such node.
     """
     biases: dict[str, float] = {}
@@ -79,9 +80,9 @@ def traced_gradient(
         warnings.simplefilter("ignore")  # theirs are shown where the model runs as it is
         warnings.simplefilter("always", NonConvergenceWarning)
         outputs = float_leaves(run.run(*inputs, enable_io_processing=False))
-        outputs = [*(run.taken[name] for name in taken), *outputs]
+        outputs = [*(_finite(run.taken[name]) for name in taken), *outputs]
         if cotangents is None:
-            cotangents = [aligned(o, subject.seed) for o in outputs]
+            cotangents = [loud * aligned(o, subject.seed) for o in outputs]
         pairs = zip(cotangents, outputs, strict=True)
         magnitude = sum(float((c * o.detach()).abs().sum()) for c, o in pairs)
         if magnitude == 0.0 and not taken:
@@ -113,6 +114,12 @@ def traced_gradient(
         run.asleep,
         tuple(dict.fromkeys(str(warning.message) for warning in caught)),
     )
+
+
+def _finite(value: Tensor) -> Tensor:
+    """0 where it is infinite, as a mask is: nothing is attributed to that."""
+    finite = value.detach().isfinite()
+    return value if bool(finite.all()) else value.where(finite, 0.0)
 
 
 def _size(g: Tensor, value: Tensor) -> float:

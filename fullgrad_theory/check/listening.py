@@ -27,31 +27,45 @@ CLOSE = 1e-9
 class Trait:
     """By what a value is known again: two tensors that agree in all of it are one value.
 
-    `mixed`: its product with random numbers; `size`: the sum of its magnitudes.
+    `mixed`: its product with random numbers; `size`: the sum of its magnitudes; both, and `total`,
+    of its finite entries. `infinite`: how many others there are.
     """
 
     shape: torch.Size
     mixed: float
     total: float
     size: float
+    infinite: int
 
-    def fits(self, other: Trait) -> bool:
-        """Whether both are the same value, but for rounding."""
+    @property
+    def mean(self) -> float:
+        """Of the magnitudes."""
+        return self.size / max(1, self.shape.numel())
+
+    def fits(self, other: Trait, floor: float) -> bool:
+        """Whether both are the same value, but for rounding: of the value, and of larger ones that
+        left it, an entry by `floor`."""
         apart = max(
             abs(self.mixed - other.mixed),
             abs(self.total - other.total),
             abs(self.size - other.size),
         )
-        return self.shape == other.shape and apart <= CLOSE * (self.size + other.size)
+        allowed = CLOSE * (self.size + other.size) + floor * self.shape.numel()
+        return (self.shape, self.infinite) == (other.shape, other.infinite) and apart <= allowed
 
 
 def trait_of(value: Tensor) -> Trait:
-    """Of a real or complex tensor; not finite where it is not."""
+    """Of a real or complex tensor."""
     value = value.detach()
     flat = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).reshape(-1)
+    size, infinite = float(flat.abs().sum()), 0
+    if not size < float("inf"):
+        infinite = int((~flat.isfinite()).sum())
+        flat = flat.nan_to_num(0.0, 0.0, 0.0)
+        size = float(flat.abs().sum())
     first = flat[: 1 << 20]
     draw = long_draw(0)[: len(first)].to(first)
-    return Trait(value.shape, float(first @ draw), float(flat.sum()), float(flat.abs().sum()))
+    return Trait(value.shape, float(first @ draw), float(flat.sum()), size, infinite)
 
 
 class Listening(Run):
@@ -105,12 +119,11 @@ class Listening(Run):
     @property
     def asleep(self) -> Sleep:
         """After the backward: what got zeros, and what is behind it."""
-        finite = {name: t for name, t in self.traits.items() if t.size < float("inf")}
-        deaf = [use for use in self.uses if not use.everywhere and use.name in finite]
+        deaf = [use for use in self.uses if not use.everywhere]
         return Sleep(
-            finite,
+            self.traits,
             {use.name: use.by for use in reversed(deaf)},
-            frozenset(name for use in deaf for name in (use.by, *use.parts)) & finite.keys(),
+            {name for use in deaf for name in (use.by, *use.parts)} & self.traits.keys(),
             any(use.heard and not use.anywhere for use in deaf),
         )
 

@@ -90,48 +90,57 @@ def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -
     tensor against every value that it may be.
     """
     learned = _leaves(model, subject, traced)
-    seen = Seen({trait.shape for trait in traced.sleep.traits.values()})
+    seen = Seen({trait.shape for trait in traced.sleep.traits.values()}, subject.seed)
     with lifted(), kept(model):
         call, given = _own_call(model, subject, inputs, traced)
         with seen:
             outputs = call()
-        sleepers = sleepers_of(seen.behind(outputs), traced.sleep, subject.seed)
+        seen.see(outputs)
+        sleepers = sleepers_of(seen.behind(outputs), traced.sleep)
+        behind = [s for s in sleepers if s.behind and not s.passes_all()]
     values = given | learned
-    behind = [s for s in sleepers if s.behind]
     watched = {name: None for s in behind for name in s.names}
 
-    def differs(some: list[tuple[Sleeper, str]]) -> Sleeper | bool:
+    def differs(some: list[tuple[Sleeper, str]], balanced: bool = False) -> Sleeper | bool:
         """Whether a gradient does, where these are outputs as well; or the tensor whose does."""
-        cotangents = [*(s.cotangent for s, _ in some), *traced.cotangents]
-        leaves: list[Any] = [*values.values(), *(s.edge for s in behind)]
-        with lifted(), kept(model), heard(s.edge for s in behind) as passed:
-            total = paired(cotangents, [*(s.own for s, _ in some), *outputs])
-            grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        added = [s.cotangent(balanced) for s, _ in some]
+        edges = [s.found.edge for s in behind]
+        with lifted(), kept(model), heard(edges) as passed:
+            total = paired(traced.cotangents, outputs)
+            grads = torch.autograd.grad(
+                [total, *(s.found.edge for s, _ in some)],  # type: ignore[arg-type]
+                [*values.values(), *edges],  # type: ignore[arg-type]
+                [torch.ones_like(total), *added],
+                retain_graph=True,
+                allow_unused=True,
+            )
         names = [name for _, name in some]
+        cotangents = [*added, *traced.cotangents]
         theirs = traced_gradient(subject, inputs, cotangents, names, watched)
         assert theirs is not None, "it was no zero before"
         rounding = _Rounding(subject, inputs, theirs, watched)
-        likes = [*values.values(), *(s.own for s in behind)]
+        likes = [*values.values(), *(s.found.unit for s in behind)]
         found = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
         own = _hooked(subject, dict(zip(values, found, strict=False)))
         if not _same(rounding, own, theirs, values):
             return True
         for sleeper, g in zip(behind, found[len(values) :], strict=True):
-            g = passed.get(sleeper.edge, g)
+            g = passed.get(sleeper.found.edge, g)
             if not any(
                 rounding.agree(g, theirs.by_value[n], lambda other, n=n: other.by_value[n])
                 for n in sleeper.names
-            ) and not sleeper.is_seen_by(sleepers):
+            ):
                 return sleeper
         return False
 
-    if not differs([(s, s.asleep) for s in sleepers if s.asleep]):
+    asleep = [(s, s.asleep) for s in sleepers if s.asleep]
+    if not differs(asleep) and not differs(asleep, True):
         return ""
     if isinstance(hidden := differs([]), Sleeper):
         return words.modified_asleep(subject.where(hidden.names[0]))
-    for sleeper in sleepers:
-        if sleeper.asleep and all(differs([(sleeper, name)]) for name in sleeper.names):
-            return words.modified_asleep(subject.where(traced.sleep.asleep[sleeper.asleep]))
+    for sleeper, name in asleep:
+        if all(differs([(sleeper, n)]) for n in sleeper.names):
+            return words.modified_asleep(subject.where(traced.sleep.asleep[name]))
     return ""
 
 

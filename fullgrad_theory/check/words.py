@@ -143,9 +143,9 @@ MODIFIED_ASLEEP = (
 
 
 MODIFIED_ELSEWHERE = (
-    "at other inputs and parameters than these the model's own gradient is not that of its traced "
-    "graph: its backward is modified (an autograd.Function, a hook, a patch), and only for some "
-    "values; give inputs at which it is seen"
+    "at other inputs and parameters than these, or under a larger cotangent, the model's own "
+    "gradient is not that of its traced graph: its backward is modified (an autograd.Function, a "
+    "hook that clips, a patch), and only for some values; give inputs at which it is seen"
 )
 
 
