@@ -21,25 +21,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..operators.calls import is_ray
 from .listening import Sleep, Trait, trait_of
+from .numeric import Noise
 
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor of the user's model, as it was when it was first read."""
+    """A tensor of the user's model, as it was when it was first read.
+
+    `like`: of its shape and dtype; `finite`: where it is, if not everywhere.
+    """
 
     edge: GradientEdge
     trait: Trait
-    unit: Tensor
-    """a random cotangent; 0 where the tensor is infinite"""
+    like: Tensor
+    finite: Tensor | None
 
 
 class Seen(TorchDispatchMode):
     """Finds each tensor of the given shapes that an operation reads and that has a gradient."""
 
-    def __init__(self, shapes: Collection[torch.Size], seed: int) -> None:
+    def __init__(self, shapes: Collection[torch.Size]) -> None:
         super().__init__()
         self.shapes = shapes
-        self.generator = torch.Generator().manual_seed(seed + 2)
         self.found: dict[GradientEdge, Found] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,10 +57,10 @@ class Seen(TorchDispatchMode):
                 continue
             edge = GradientEdge(value.grad_fn, value.output_nr)
             if edge not in self.found:
-                value = value.detach()
-                unit = torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
-                unit = unit.to(value).masked_fill(~value.isfinite(), 0.0)
-                self.found[edge] = Found(edge, trait_of(value), unit)
+                value, trait = value.detach(), trait_of(value)
+                like = value.new_empty(()).expand(value.shape)
+                finite = value.isfinite() if trait.infinite else None
+                self.found[edge] = Found(edge, trait, like, finite)
 
     def behind(self, outputs: Iterable[Tensor]) -> list[Found]:
         """What was found and is part of the outputs, in the order of the code."""
@@ -81,18 +84,20 @@ class Sleeper:
     """A tensor of the user's model, and the values of the trace that it may be, the most likely one
     first: they agree in all that is known of them.
 
-    `asleep`: one of them that is. `behind`: one of them is behind a sleeping one.
+    `asleep`: one of them that is. `behind`: one of them is behind a sleeping one. `unit`: a random
+    cotangent, 0 where the tensor is infinite.
     """
 
     found: Found
     names: tuple[str, ...]
     asleep: str | None
     behind: bool
+    unit: Tensor
 
     def cotangent(self, balanced: bool) -> Tensor:
         """A random one; `balanced`: as small as the value is large."""
         mean = self.found.trait.mean if balanced else 0.0
-        return self.found.unit / mean if mean > 0.0 else self.found.unit
+        return self.unit / mean if mean > 0.0 else self.unit
 
     def passes_all(self) -> bool:
         """Whether what made the tensor hands on all of a cotangent: what is done to that behind it
@@ -102,12 +107,12 @@ class Sleeper:
         if not before:
             return True
         passed = torch.autograd.grad(
-            [self.found.edge], before, [self.found.unit], retain_graph=True, allow_unused=True
+            [self.found.edge], before, [self.unit], retain_graph=True, allow_unused=True
         )
         return all(g is None or bool(g.all()) for g in passed)
 
 
-def sleepers_of(found: Iterable[Found], sleep: Sleep) -> list[Sleeper]:
+def sleepers_of(found: Iterable[Found], sleep: Sleep, seed: int) -> list[Sleeper]:
     """The tensors that are sleeping values, or behind one.
 
     Equal values (zeros, mostly) are told apart by the order of the code, which both follow.
@@ -117,6 +122,7 @@ def sleepers_of(found: Iterable[Found], sleep: Sleep) -> list[Sleeper]:
         by_shape.setdefault(trait.shape, []).append((place, name, trait))
     means = sorted(trait.mean for trait in sleep.traits.values())
     floor = 1e-13 * means[len(means) // 2]
+    noise = Noise(seed + 2)
     sleepers: list[Sleeper] = []
     last = 0
     for own in found:
@@ -130,7 +136,10 @@ def sleepers_of(found: Iterable[Found], sleep: Sleep) -> list[Sleeper]:
         asleep = next((n for n in names if n in sleep.asleep), None)
         behind = any(n in sleep.behind for n in names)
         if asleep is not None or behind:
-            sleepers.append(Sleeper(own, names, asleep, behind))
+            unit = noise.like(own.like)
+            if own.finite is not None:
+                unit = unit.where(own.finite, 0.0)
+            sleepers.append(Sleeper(own, names, asleep, behind, unit))
     return sleepers
 
 

@@ -23,7 +23,7 @@ from ..graph.walking import Walker
 from ..operators.calls import bind, is_ray, operation_args
 from ..plan.states import State
 from . import words
-from .numeric import float_leaves, largest, long_draw
+from .numeric import Noise, float_leaves, largest
 from .subject import Subject
 
 
@@ -71,7 +71,7 @@ class _Residuals(Walker):
         self.errors: dict[str, float] = {}
         self.unconverged: set[str] = set()
         self.masked: set[str] = set()
-        self.noise = _Noise(subject.seed)
+        self.noise = Noise(subject.seed)
         self.total, self.done = len(subject.module.graph.nodes), 0
 
     def run_node(self, n: fx.Node) -> Any:
@@ -232,24 +232,3 @@ def _magnitudes(value: Tensor) -> Tensor:
     """Absolute values, of a complex tensor those of its parts."""
     value = value.detach()
     return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).abs()
-
-
-# --------------------------------------------------------------------------- random numbers
-
-
-class _Noise:
-    """Random cotangents cut from one long draw at random places: a fresh draw a node is slow."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.draw = long_draw(seed)
-
-    def like(self, value: Tensor) -> Tensor:
-        """Standard normal numbers of the shape of `value`."""
-        if value.is_complex():
-            return torch.complex(self.like(value.real), self.like(value.imag))
-        count, half = value.numel(), self.draw.numel() // 2
-        # at an even place: two numbers in a row may be viewed as a complex one
-        start = 2 * int(torch.randint(half // 2, (), generator=self.generator))
-        long = self.draw if count <= half else self.draw.repeat(count // half + 1)
-        return long[start : start + count].to(value).reshape(value.shape)

@@ -62,3 +62,21 @@ def long_draw(seed: int) -> Tensor:
     """Two million standard normal numbers in float64, the second half being the first."""
     draw = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.cat([draw, draw])
+
+
+class Noise:
+    """Random cotangents cut from one long draw at random places: a fresh draw a node is slow."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.draw = long_draw(seed)
+
+    def like(self, value: Tensor) -> Tensor:
+        """Standard normal numbers of the shape of `value`."""
+        if value.is_complex():
+            return torch.complex(self.like(value.real), self.like(value.imag))
+        count, half = value.numel(), self.draw.numel() // 2
+        # at an even place: two numbers in a row may be viewed as a complex one
+        start = 2 * int(torch.randint(half // 2, (), generator=self.generator))
+        long = self.draw if count <= half else self.draw.repeat(count // half + 1)
+        return long[start : start + count].to(value).reshape(value.shape)

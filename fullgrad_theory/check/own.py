@@ -90,14 +90,14 @@ def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -
     tensor against every value that it may be.
     """
     learned = _leaves(model, subject, traced)
-    seen = Seen({trait.shape for trait in traced.sleep.traits.values()}, subject.seed)
+    seen = Seen({trait.shape for trait in traced.sleep.traits.values()})
     with lifted(), kept(model):
         call, given = _own_call(model, subject, inputs, traced)
         with seen:
             outputs = call()
         seen.see(outputs)
-        sleepers = sleepers_of(seen.behind(outputs), traced.sleep)
-        behind = [s for s in sleepers if s.behind and not s.passes_all()]
+    sleepers = sleepers_of(seen.behind(outputs), traced.sleep, subject.seed)
+    behind = [s for s in sleepers if s.behind]
     values = given | learned
     watched = {name: None for s in behind for name in s.names}
 
@@ -119,7 +119,7 @@ def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -
         theirs = traced_gradient(subject, inputs, cotangents, names, watched)
         assert theirs is not None, "it was no zero before"
         rounding = _Rounding(subject, inputs, theirs, watched)
-        likes = [*values.values(), *(s.found.unit for s in behind)]
+        likes = [*values.values(), *(s.unit for s in behind)]
         found = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, likes, strict=True)]
         own = _hooked(subject, dict(zip(values, found, strict=False)))
         if not _same(rounding, own, theirs, values):
@@ -130,11 +130,15 @@ def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -
                 rounding.agree(g, theirs.by_value[n], lambda other, n=n: other.by_value[n])
                 for n in sleeper.names
             ):
-                return sleeper
+                with lifted(), kept(model):
+                    if not sleeper.passes_all():
+                        return sleeper
         return False
 
     asleep = [(s, s.asleep) for s in sleepers if s.asleep]
-    if not differs(asleep) and not differs(asleep, True):
+    sizes = [s.found.trait.mean for s, _ in asleep if s.found.trait.mean > 0.0]
+    apart = bool(sizes) and max(sizes) > 1e3 * min(sizes)
+    if not differs(asleep) and not (apart and differs(asleep, True)):
         return ""
     if isinstance(hidden := differs([]), Sleeper):
         return words.modified_asleep(subject.where(hidden.names[0]))
