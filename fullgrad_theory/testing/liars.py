@@ -2,8 +2,8 @@
 
 A network of linear layers and kinks is complete as it is. Somewhere in it stands a device: a hook,
 a Function, a cast, a number, a branch. The liar's device makes the contributions add up to another
-output than the model's, by a relative size of 1e-6 and more; the twin's does the same things, and
-tells the truth. No liar may be called complete, and no twin refused.
+output than the model's, by a relative size of 1e-6 and more, at the inputs or, where it sleeps at
+them, at others; the twin's does the same things, and tells the truth. No liar may be called complete, and no twin refused.
 """
 
 from __future__ import annotations
@@ -183,6 +183,30 @@ class _Shift(nn.Module):
         return _Biased.apply(h, self.bias, self.factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def _sleeping(liar: Liar, layer: nn.Linear) -> Device:
+    """A lie where no gradient passes at the inputs: before a dead place, or behind one."""
+    factor = torch.full((WIDTH,), _factor(liar), dtype=torch.float64)
+    if liar.seed % 2:
+        factor[liar.seed % WIDTH] = 1.0
+
+    def lie(h: Tensor) -> Tensor:
+        return _Scaled.apply(h, factor)  # type: ignore[no-any-return,no-untyped-call]
+
+    far = 1e3 * liar.large if liar.faint else 1e3
+    places: tuple[Device, ...] = (
+        lambda h: h + torch.relu(lie(h) - far),
+        lambda h: h + torch.relu(lie(-h.abs())),
+        lambda h: h + lie(torch.relu(-h.abs())),
+        lambda h: h + torch.relu(torch.relu(lie(h) - far) - 1.0),
+        lambda h: torch.where(h > far, lie(h), h),
+        lambda h: torch.maximum(h, lie(h) - far),
+        lambda h: h + lie(h).clamp(far, 2.0 * far),
+        lambda h: h + lie(h).masked_fill(h.abs() < far, 0.0),
+        lambda h: h + torch.relu(-h.abs()) * lie(h).sign().detach() + torch.relu(lie(h) - far),
+    )
+    return places[liar.seed % len(places)]
+
+
 def _bias(liar: Liar, layer: nn.Linear) -> Device:
     return _Shift(_factor(liar), liar.large if liar.faint else 1.0)
 
@@ -345,6 +369,7 @@ KINDS: dict[str, Callable[[Liar, nn.Linear], Device]] = {
     "a Function": _function,
     "a Function, one element": _element,
     "a Function's bias": _bias,
+    "a Function that sleeps": _sleeping,
     "a tensor hook": _tensor_hook,
     "a hook of a bias": _parameter_hook,
     "a hook of a module": _module_hook,
