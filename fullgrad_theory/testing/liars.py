@@ -3,7 +3,8 @@
 A network of linear layers and kinks is complete as it is. Somewhere in it stands a device: a hook,
 a Function, a cast, a number, a branch. The liar's device makes the contributions add up to another
 output than the model's, by a relative size of 1e-6 and more, at the inputs or, where it sleeps at
-them, at others; the twin's does the same things, and tells the truth. No liar may be called complete, and no twin refused.
+them, at others; the twin's does the same things, and tells the truth. No liar may be called
+complete, and no twin refused.
 """
 
 from __future__ import annotations
