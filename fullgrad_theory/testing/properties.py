@@ -142,13 +142,18 @@ def _check(architecture: Architecture, thorough: bool) -> Outcome:
         labels = degrees(graph, plan.edits)
         starts = from_zero(plan)
         written = rewrite(graph, plan.edits)  # `balanced` takes short cuts through it, see (d)
-        edited, tracker = evaluate(written, points, divisors, starts)
-        if edited.complete != _complete(mended):
-            points = _points(architecture, model, many=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NonConvergenceWarning)
             edited, tracker = evaluate(written, points, divisors, starts)
-        judged = edited
-        if judged.complete and not _complete(mended):
-            judged, _ = evaluate(_perturbed(written), points, divisors, starts)
+            if edited.complete != _complete(mended):
+                points = _points(architecture, model, many=True)
+                edited, tracker = evaluate(written, points, divisors, starts)
+            judged = edited
+            if judged.complete and not _complete(mended):
+                judged, _ = evaluate(_perturbed(written), points, divisors, starts)
+        missed = [w for w in caught if w.category is NonConvergenceWarning]
+        if missed and judged.complete != _complete(mended):  # they say so to who runs them
+            return Outcome("unjudged", reason=f"Unjudged: {missed[0].message}"[:100])
         # an input that the plan holds fixed is a note of the library's, no objection
         judged.unread = [name for name in judged.unread if name in plain.unread]
         _same_verdict(graph, mended, judged, tracker, "libra")
