@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fullgrad_theory.bars import progress
+from fullgrad_theory.testing.campaign import rarely_collected
 from fullgrad_theory.testing.liars import outcomes, random_liar
 
 FOLDER = Path(__file__).parent / "results"
@@ -30,7 +31,8 @@ def judged(seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     liar = random_liar(seed)
     try:
-        found = {who: (verdict, said) for who, verdict, said in outcomes(liar)}
+        with rarely_collected():
+            found = {who: (verdict, said) for who, verdict, said in outcomes(liar)}
     except Exception as error:  # noqa: BLE001  whatever is raised here is a fault to be counted
         return {"seed": seed, "kind": liar.kind, "raised": f"{type(error).__name__}: {error}"[:300]}
     (liar_says, _), (twin_says, said) = found["liar"], found["twin"]

@@ -6,6 +6,7 @@ holds which chunks are done, what came of them, and every failure as a shrunk pr
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import warnings
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -204,12 +206,24 @@ def _runs(architecture: Architecture) -> bool:
 # --------------------------------------------------------------------------- many
 
 
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """An export makes many objects that live on, and looking for cycles among them is a fifth of
+    the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def run_chunk(first: int, count: int) -> Tally:
     """The examples of some consecutive seeds, in this process, on one thread."""
     torch.set_num_threads(1)
     total = Tally()
     start = process_time()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rarely_collected():
         warnings.simplefilter("ignore")
         for seed in range(first, first + count):
             total.add(run_example(seed))
