@@ -1,3 +1,4 @@
+from .attribution.axes import Axes as Axes
 from .attribution.explainer import Explainer as Explainer
 from .attribution.explainer import explain as explain
 from .attribution.map import Map as Map

@@ -1,7 +1,7 @@
 """Packages that not everybody needs: each belongs to an extra of this library.
 
 The extras are `vision`, `plots`, `methods`, `measure`, `fuzz` and `text`, which `all` brings, and
-`view`.
+`view` and `parquet`.
 """
 
 from __future__ import annotations

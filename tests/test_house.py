@@ -15,9 +15,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 DOCUMENTS = (
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *TUTORIALS,
 )
 BINARY = {".png", ".jpg", ".pt", ".npz"}
 
@@ -163,9 +165,11 @@ def test_the_first_command_installs_what_it_needs() -> None:
 
 
 def python_blocks() -> list[tuple[str, str]]:
+    """Of all documents but tutorials, whose blocks are one session: test_tutorials.py."""
     return [
         (f"{document.name}-{index}", block)
         for document in DOCUMENTS
+        if document not in TUTORIALS
         for index, block in enumerate(
             re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S)
         )
@@ -211,7 +215,8 @@ def test_links_to_headings_exist() -> None:
 
 
 def test_files_named_in_the_documents_exist() -> None:
-    """By their path, or its end; the changelog also names what is gone."""
+    """By their path, or its end; the changelog also names what is gone, a tutorial what the reader
+    saves."""
     files = [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*") if ".venv" not in path.parts]
     lost = [
         f"{document.name}: {name}"
@@ -219,6 +224,7 @@ def test_files_named_in_the_documents_exist() -> None:
         if document.name != "CHANGELOG.md"
         for name in re.findall(r"`([\w./]+\.(?:pyi?|md|toml|txt))`", document.read_text())
         if not any(file.endswith(f"/{name}") for file in files)
+        and f'title="{name}"' not in document.read_text()
     ]
     assert not lost
 

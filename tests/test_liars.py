@@ -28,7 +28,9 @@ def test_each_kind(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(9))
-@pytest.mark.parametrize("kind", ["a number read off", "a step", "a curve", "a Function that sleeps"])
+@pytest.mark.parametrize(
+    "kind", ["a number read off", "a step", "a curve", "a Function that sleeps"]
+)
 def test_kinds_of_many_forms(kind: str, seed: int) -> None:
     check(Liar(kind, 0.3, seed=seed * 5 + seed))
 

@@ -68,7 +68,9 @@ def imported(code: str, *arguments: str) -> set[str]:
 # --------------------------------------------------------------------------- light
 
 
-@pytest.mark.parametrize("command", ["", "check", "derive", "explain", "policies", "operators"])
+@pytest.mark.parametrize(
+    "command", ["", "check", "derive", "explain", "policies", "operators", "zoo"]
+)
 def test_help_answers_without_torch(command: str) -> None:
     found = imported(COMMAND, *([command] if command else []), "--help")
     assert not found & {"torch", "numpy", "timm", "ortools"}

@@ -15,7 +15,7 @@ from fullgrad_theory.command import telling
 from fullgrad_theory.command.cli import app
 from fullgrad_theory.command.making import Wanted
 from fullgrad_theory.command.passage import Passage, Reader, entry, reader, tokenised
-from fullgrad_theory.command.tokenmaps import token_maps
+from fullgrad_theory.command.tokenmaps import TokenMap, token_maps
 
 tf = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -112,6 +112,10 @@ def test_what_is_meant(folders: Path) -> None:
 # --------------------------------------------------------------------------- contributions
 
 
+def values(one: TokenMap) -> torch.Tensor:
+    return one.found.values[0].double()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "qa", "llama"])
 def test_against_embeddings_and_gradients_by_hand(folders: Path, name: str) -> None:
@@ -130,15 +134,22 @@ def test_against_embeddings_and_gradients_by_hand(folders: Path, name: str) -> N
     value = scores[at.index] - scores[at.against]
     (gradient,) = torch.autograd.grad(value, embedded)
     by_hand = (gradient * embedded).sum(-1)[0].double()
-    torch.testing.assert_close(plain.values, by_hand, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(edited.values, by_hand, rtol=1e-2, atol=1e-7)
+    torch.testing.assert_close(values(plain), by_hand, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(values(edited), by_hand, rtol=1e-2, atol=1e-7)
     # nothing is lost: words and biases are the output
-    assert whole.rest is not None and whole.error is not None and whole.error < 1e-4
-    total = float(whole.values.sum()) + whole.rest
+    rest = whole.beside(words)
+    assert rest is not None and whole.error is not None and whole.error < 1e-4
+    total = float(values(whole).sum()) + rest
     assert total == pytest.approx(float(value.detach()), rel=1e-3, abs=1e-6)
     assert sum(whole.of(piece) for piece in words.pieces) == pytest.approx(
-        float(whole.values.sum())
+        float(values(whole).sum())
     )
+    fewer = words.without_special()  # what is hidden is counted beside
+    assert not any(piece.special for piece in fewer.pieces)
+    beside = whole.beside(fewer)
+    assert beside is not None
+    shown = sum(whole.of(piece) for piece in fewer.pieces)
+    assert shown + beside == pytest.approx(total, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -146,7 +157,7 @@ def test_nothing_comes_from_what_follows(folders: Path) -> None:
     read, words = open_folder(folders / "llama")
     at = entry(Wanted(position=3), read, words)
     (found,) = token_maps(read, words, at, ["fullgrad"], ["libra"])
-    assert float(found.values[:4].abs().min()) > 0 and not found.values[4:].any()
+    assert float(values(found)[:4].abs().min()) > 0 and not values(found)[4:].any()
 
 
 # --------------------------------------------------------------------------- the command
@@ -155,24 +166,35 @@ def test_nothing_comes_from_what_follows(folders: Path) -> None:
 @pytest.mark.slow
 def test_side_by_side(folders: Path, tmp_path: Path) -> None:
     given = ("--policy", "plain", "--policy", "libra", "--target", "positive")
-    methods = ("--method", "fullgrad", "--method", "input-x-gradient")
+    methods = [part for m in ("fullgrad", "attcat", "genatt") for part in ("--method", m)]
     page = tmp_path / "text.html"
     text = f"{TEXT} <b>"
     code, said = run(text, "--model", folders / "bert", *given, *methods, "-o", page)
     assert code == 0, said
     assert said.startswith("bert (random weights): logits: positive, value ")
     found = rows(said)
-    assert [len(found[word]) for word in ("[CLS]", "wonderful", "<b>")] == [4, 4, 4]
+    assert [len(found[word]) for word in ("[CLS]", "wonderful", "<b>")] == [6, 6, 6]
+    assert min(values[4] for values in found.values() if len(values) == 6) >= 0  # genatt
     plain, libra = found["completeness error"]
     assert libra < 1e-4 < plain
     with browsing() as browser:
         for width in (1280, 400):
             with opened(browser, page, width) as shown:
-                assert shown.locator(".words").count() == 4
+                assert shown.locator(".words").count() == 6
                 word = shown.locator(".words >> nth=1").locator("span >> nth=7")
                 assert word.inner_text().split()[0] == "wonderful"
                 assert word.get_attribute("title") == "3 tokens"
                 assert shown.locator("b").count() == 0 and "<b>" in shown.inner_text("main")
+
+
+@pytest.mark.slow
+def test_special_tokens_may_be_hidden(folders: Path, tmp_path: Path) -> None:
+    given = (TEXT, "--model", folders / "bert", "--method", "rollout", "--method", "fullgrad+")
+    code, said = run(*given, "--no-special", "-o", tmp_path / "text.html")
+    assert code == 0, said
+    assert {"The", "wonderful"} <= {*rows(said)} and "[CLS]" not in said
+    assert "[SEP]" not in (tmp_path / "text.html").read_text()
+    assert "[PAD]" not in run(*given)[1]
 
 
 @pytest.mark.slow
@@ -193,7 +215,7 @@ def test_a_picture_has_a_bar_a_word(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("bert", "--method", "genatt"), "for text there is fullgrad, input-x-gradient"),
+        (("bert", "--method", "gen-att"), "did you mean genatt"),
         (("bert", "--target", "nice"), "known: negative, positive"),
         (("bert", "--target", "2"), "no entry 2 among 2"),
         (("bert", "--output", "hidden"), "there is logits"),

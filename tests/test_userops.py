@@ -243,6 +243,46 @@ def test_a_wrong_backward_is_said() -> None:
     assert found.signature == "x^2/3"
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5, 1.0 + 1e-6])
+@pytest.mark.parametrize("how", ["declared", "measured"])
+def test_a_wrong_gradient_of_a_bias_is_said(
+    how: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a bias adds is read off the values; the gradient that it gets has to say the same."""
+    name = f"fgt_userops::gated_{how}_{str(factor).replace('.', '_')}"
+
+    def kernel(x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
+        return x * gate + bias
+
+    kernel.__annotations__ = dict.fromkeys(("x", "gate", "bias", "return"), Tensor)
+    op = torch.library.custom_op(name, kernel, mutates_args=())
+    op.register_fake(lambda x, gate, bias: torch.empty_like(x))
+    op.register_autograd(
+        lambda ctx, g: (
+            g * ctx.saved_tensors[1],
+            (g * ctx.saved_tensors[0]).sum(0),
+            g.sum(0) * factor,
+        ),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+    )
+    if how != "measured":
+        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+        fgt.register(f"{name.replace('::', '.')}.default", Algebra.MULTILINEAR, "x*gate + bias")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.bias = nn.Parameter(SHIFT + 2.0), nn.Parameter(SHIFT.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return op(x, self.gate, self.bias)  # type: ignore[no-any-return]
+
+    unknown = "measure" if how == "measured" else "error"
+    report = fgt.check_completeness(Net().double(), X.double(), unknown=unknown)
+    assert report.complete is (True if factor == 1.0 else None)
+    assert factor == 1.0 or any("its backward" in problem for problem in report.problems)
+
+
 def test_a_numeric_secant_is_the_closed_form() -> None:
     """Against gelu's and sigmoid's own, zeros and second derivatives included."""
     from planted import GATES

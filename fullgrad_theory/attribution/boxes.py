@@ -1,8 +1,8 @@
-"""Boxes of pixels, one for every element of a value: where in the image the element belongs.
+"""Boxes of places, one for every element of a value: where in the input the element belongs.
 
 A tensor of shape (4, *shape), the value's dimensions or 1 where the box is the same along them;
-the four planes are top, bottom, left, right. An empty box belongs nowhere (a class token, a
-constant); the whole image is as good as nowhere.
+the four planes are top, bottom, left, right, of pixels in an image, of tokens in the one row that a
+text is. An empty box belongs nowhere (a class token, a constant); the whole is as good as nowhere.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .axes import Axes
+
 _EMPTY = (math.inf, -math.inf, math.inf, -math.inf)
 
 
-def pixels(shape: Sequence[int]) -> Tensor:
-    """The boxes of images of shape (batch, channels, H, W): one pixel an element, one image below
-    the other, so that a box tells its image as well."""
-    batch, _, height, width = shape
-    y = torch.arange(height).view(1, -1, 1) + height * torch.arange(batch).view(-1, 1, 1)
-    y, x = torch.broadcast_tensors(y, torch.arange(width))
-    return torch.stack([y, y + 1, x, x + 1]).float().unsqueeze(2)
+def places(shape: Sequence[int], axes: Axes) -> Tensor:
+    """The boxes of an input of this shape: one place an element, one sample below the other, so
+    that a box tells its sample as well."""
+    height, width = axes.rows(shape)
+
+    def along(dim: int, count: int) -> Tensor:
+        return torch.arange(count).view([-1 if d == dim else 1 for d in range(len(shape))])
+
+    y, x = height * along(0, shape[0]), along(axes.places[-1], width)
+    if len(axes.places) > 1:
+        y = y + along(axes.places[0], height)
+    y, x = torch.broadcast_tensors(y, x)
+    return torch.stack([y, y + 1, x, x + 1]).float()
 
 
 def empty(rank: int) -> Tensor:

@@ -1,8 +1,12 @@
-"""The layout of a value: which of its elements belong to which cell of a grid over the image."""
+"""The layout of a value: which of its elements belong to which cell of a grid over the input.
+
+The input is an image, of rows and columns of pixels, or a sequence: one row of tokens.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +38,7 @@ class Batch:
 class Layout:
     """`index`: the cell of each element of one sample's value, row by row, or -1 for none; of size
     1 along dimensions that do not matter (channels). `cell`: height and width of a cell in pixels;
-    `canvas`: rows and columns that cover the image; `grid`: those that are in use. `batch`: how
+    `canvas`: rows and columns that cover the input; `grid`: those that are in use. `batch`: how
     samples are told apart, None where the value is of one sample."""
 
     index: Tensor
@@ -80,18 +84,19 @@ def scatter(rows: Tensor, index: Tensor, cells: int) -> Tensor:
     return into.index_add_(1, index.to(rows.device).remainder(cells + 1), rows)[:, :cells]
 
 
-def layout(boxes: Tensor, shape: torch.Size, image: tuple[int, int], batch: Batch | None) -> Layout:
-    """The layout that one sample's boxes give.
+def layout(boxes: Tensor, shape: torch.Size, size: tuple[int, int], batch: Batch | None) -> Layout:
+    """The layout that one sample's boxes give; `size`: rows and columns of the input.
 
-    A box around all the others, next to which the image has no room for a second one, is no place:
+    A box around all the others, next to which the input has no room for a second one, is no place:
     a pooled vector's, a class token's behind attention. It need not reach the image's last pixels.
+    Nor is one box for all elements: they are a token's that the head picked.
     """
-    height, width = image
+    height, width = size
     top, bottom, left, right = boxes.unbind(0)
     whole = bx.union(boxes, range(boxes.dim() - 1))
     alone = (2 * (bottom - top) > height) & (2 * (right - left) > width)
     placed = ~bx.is_empty(boxes) & ~(alone & (boxes == whole).all(0))
-    if not bool(placed.any()):
+    if placed.numel() == 1 or not bool(placed.any()):
         nowhere = torch.full([1] * len(shape), -1)
         return Layout(nowhere, shape, (float(height), float(width)), (1, 1), (1, 1), batch)
     tall = float((bottom - top)[placed].max())
@@ -105,7 +110,7 @@ def layout(boxes: Tensor, shape: torch.Size, image: tuple[int, int], batch: Batc
 
 
 def batch_of(boxes: Tensor, height: int, dim: int, each: int) -> Batch | None:
-    """How two samples lie along a dimension, by the boxes of both, the second image below the first
+    """How two samples lie along a dimension, by the boxes of both, the second one below the first
     one; None where they say nothing, and entries are folded, or are mixed up."""
     if each == 1:
         return Batch(dim, 1, True)
@@ -118,8 +123,11 @@ def batch_of(boxes: Tensor, height: int, dim: int, each: int) -> Batch | None:
     return None
 
 
-def regrid(values: Tensor, cell: Cell, onto: Cell, grid: tuple[int, int]) -> Tensor:
-    """(batch, h, w) of cells of one size, onto a grid of another; sums are kept.
+def regrid(
+    values: Tensor, cell: Sequence[float], onto: Sequence[float], grid: Sequence[int]
+) -> Tensor:
+    """(batch, h, w) of cells of one size, onto a grid of another; sums are kept. One or more
+    dimensions of places.
 
     A larger cell is spread evenly over the smaller ones that it covers.
     """

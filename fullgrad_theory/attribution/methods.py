@@ -74,13 +74,13 @@ def _one_pass(
     return Method(name, source, frozenset(needs), function=function)
 
 
-_IMAGE, _BLOCKS, _BIASES = Need.IMAGE, Need.BLOCKS, Need.BIASES
+_INPUT, _BLOCKS, _BIASES = Need.INPUT, Need.BLOCKS, Need.BIASES
 _ATTENTION, _GRADIENT, _LAYERS = Need.ATTENTION, Need.ATTENTION_GRADIENT, Need.LAYERS
 _STREAM, _STEADY, _VECTORS = Need.STREAM, Need.STEADY, Need.VECTORS
 _ROWS = (
-    _one_pass("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, _IMAGE),
+    _one_pass("input-x-gradient", "Shrikumar et al. 2016", input_x_gradient, _INPUT),
     _one_pass("embedding-x-gradient", "LibraGrad, CVPR 2025", embedding_x_gradient, _BLOCKS),
-    _one_pass("fullgrad", "Srinivas & Fleuret, NeurIPS 2019", fullgrad, _IMAGE, _BIASES),
+    _one_pass("fullgrad", "Srinivas & Fleuret, NeurIPS 2019", fullgrad, _INPUT, _BIASES),
     _one_pass("fullgrad+", "LibraGrad, CVPR 2025", fullgrad_plus, _BLOCKS, _BIASES),
     _one_pass("gradcam+", "Selvaraju et al. 2017; LibraGrad", gradcam_plus, _BLOCKS),
     _one_pass("gradcam++", "Chattopadhay et al. 2018", gradcam_plus_plus, _BLOCKS),

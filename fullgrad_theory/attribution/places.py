@@ -1,4 +1,4 @@
-"""Where in the image every value of a traced model belongs: boxes carried through its graph.
+"""Where in the input every value of a traced model belongs: boxes carried through its graph.
 
 Forward, an operation that moves values (a view, a window partition, a roll) moves their boxes by
 running on them; one that adds up elements unites their boxes; elementwise ones keep them; a
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,26 +25,37 @@ from ..operators.algebra import Algebra, Role
 from ..operators.calls import Call
 from ..plan.states import Liveness
 from . import boxes as bx
+from .axes import Axes
 
 Boxes = Tensor | list[Tensor] | None
 
 
-def locate(graph: ComputationGraph, live: Liveness, images: Tensor) -> Walk:
+@dataclass(frozen=True)
+class Source:
+    """The value that is attributed to, and what its dimensions mean. `nodes`: the one that has it,
+    an input or what its numbers look up in a table; or several, where they look up in several
+    tables (words and positions). These are one value then, side by side along a feature."""
+
+    nodes: tuple[str, ...]
+    axes: Axes
+
+
+def locate(graph: ComputationGraph, live: Liveness, source: Source, given: Sequence[Any]) -> Walk:
     """Node -> the boxes of its value, a list where it is a tuple, as `boxes` of the result; nodes
-    that do not depend on the images are left out. `images`: (batch, C, H, W)."""
-    walk = Walk(graph, live)
+    that do not depend on the source are left out. `given`: the inputs, flat."""
+    walk = Walk(graph, live, source)
     with torch.no_grad():
-        walk.run(images, enable_io_processing=False)
+        walk.run(*given, enable_io_processing=False)
     _backward(graph, walk)
     return walk
 
 
 class Walk(Walker):
-    """Runs the graph on one image, boxes beside the values."""
+    """Runs the graph on one sample, or two, boxes beside the values."""
 
-    def __init__(self, graph: ComputationGraph, live: Liveness) -> None:
+    def __init__(self, graph: ComputationGraph, live: Liveness, source: Source) -> None:
         super().__init__(graph.fx)
-        self.live = live
+        self.live, self.source = live, source
         self.boxes: dict[str, Boxes] = {}
         self.shapes: dict[str, Any] = {}
         self.calls: dict[str, tuple[Any, Any]] = {}
@@ -51,8 +63,8 @@ class Walk(Walker):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         self.shapes[n.name] = pytree.tree_map_only(Tensor, lambda t: t.shape, value)
-        if n.op == "placeholder" and isinstance(value, Tensor) and value.dim() == 4:
-            self.boxes[n.name] = bx.pixels(value.shape)
+        if n.name in self.source.nodes:
+            self.boxes[n.name] = bx.places(value.shape, self.source.axes)
         elif n.name in self.live.calls:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             self.calls[n.name] = pytree.tree_map_only(Tensor, _light, (args, kwargs))
@@ -82,7 +94,8 @@ class Walk(Walker):
             return self._reduced(n, value)
         if Role.WINDOW in roles:
             return _windowed(self, n, call, value)
-        return self._spread(n, value)
+        mixed = self._mixed(n, call, value)
+        return self._spread(n, value) if mixed is None else mixed
 
     def _operands(self, n: fx.Node) -> list[Tensor]:
         return [b for b in map(self.of, n.all_input_nodes) if b is not None]
@@ -98,6 +111,19 @@ class Walk(Walker):
         for other in found:
             result = bx.meet(result, other)  # type: ignore[arg-type]
         return result
+
+    def _mixed(self, n: fx.Node, call: Call, value: Tensor) -> Tensor | None:
+        """Of a product of one moving operand that changes the last dimension alone, as a linear
+        layer written as addmm does; None for any other."""
+        moving = [a for a in n.all_input_nodes if self.of(a) is not None]
+        unsaid = not call.operator.roles & {Role.EQUATION, Role.WEIGHTED}
+        if call.operator.algebra is not Algebra.MULTILINEAR or not unsaid or len(moving) != 1:
+            return None
+        before, after = self.shapes[moving[0].name], value.shape
+        if before[:-1] != after[:-1] or before[-1:] == after[-1:]:
+            return None
+        source = self.of(moving[0])
+        return None if source is None else bx.tidy(bx.union(source, (-1,)))
 
     def _united(self, n: fx.Node, dims: tuple[int, ...]) -> Tensor | None:
         source = self.of(n.args[0])
@@ -135,14 +161,15 @@ class Walk(Walker):
                 if isinstance(a, fx.Node) and isinstance(given, Tensor) and is_real(given):
                     own = self.of(a)
                     own = bx.empty(given.dim()) if own is None else own
-                    return own[p].expand(given.shape).contiguous().to(given.device)
+                    plane = own[p].double()  # what fills in may be a float64's least number
+                    return plane.expand(given.shape).contiguous().to(given.device)
                 return given
 
             these = _map_args(plane, n.args, args), _map_args(plane, n.kwargs, kwargs)
             planes.append(n.target(*these[0], **these[1]))  # type: ignore[operator]
         if isinstance(planes[0], Tensor):
-            return bx.tidy(torch.stack(planes).cpu()) if is_real(planes[0]) else None
-        return [bx.tidy(torch.stack(item).cpu()) for item in zip(*planes, strict=True)]
+            return bx.tidy(torch.stack(planes).float().cpu()) if is_real(planes[0]) else None
+        return [bx.tidy(torch.stack(item).float().cpu()) for item in zip(*planes, strict=True)]
 
 
 def _map_args(function: Any, nodes: Any, values: Any) -> Any:
@@ -309,10 +336,19 @@ def _moved_back(
     ]
 
 
-def batch_dim(graph: ComputationGraph, name: str, index: int = 0) -> tuple[int, int] | None:
+def open_dim(placeholder: fx.Node) -> int | None:
+    """The dimension of an input that is left open, for samples; None where there is none."""
+    value = tensor_value(placeholder)
+    sizes = () if value is None else value.shape
+    return next((dim for dim, size in enumerate(sizes) if not isinstance(size, int)), None)
+
+
+def batch_dim(
+    graph: ComputationGraph, source: Source, name: str, index: int = 0
+) -> tuple[int, int] | None:
     """The dimension of a node's value that grows with the batch, and how many entries a sample has
     there (windows or heads folded into it); None where there is no such dimension, or several."""
-    first = tensor_value(graph.placeholders[0])
+    first = tensor_value(graph.nodes[source.nodes[0]])
     value = graph.nodes[name].meta.get("val")
     value = value[index] if isinstance(value, (tuple, list)) else value
     if first is None or not isinstance(value, Tensor) or isinstance(first.shape[0], int):

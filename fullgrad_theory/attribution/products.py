@@ -1,4 +1,4 @@
-"""Methods of values times their gradients: the image's, the biases', the blocks' inputs'.
+"""Methods of values times their gradients: the input's, the biases', the blocks' inputs'.
 
 Signed throughout: no method cuts off negative values but where its definition does.
 """
@@ -38,7 +38,7 @@ def _total_of(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _input(r: Record) -> Tensor:
-    return r.image * r.image_gradient
+    return r.input * r.input_gradient
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -46,27 +46,27 @@ def _total(parts: Tensor) -> Tensor:
 
 
 def input_x_gradient(r: Record) -> MethodResult:
-    """sum_c x dL/dx, at every pixel."""
+    """sum_c x dL/dx, at every pixel or token."""
     parts = _input(r)
-    return MethodResult(parts.sum(1), (1.0, 1.0), _total(parts))
+    return MethodResult(r.anatomy.source.axes.on_grid(parts), (1.0, 1.0), _total(parts))
 
 
 def fullgrad(r: Record) -> MethodResult:
     """x dL/dx and b dL/db of every bias, each where it lies."""
-    image = _input(r)
+    products = _input(r)
     cell, grid = _first_grid(r)
-    own = regrid(image.sum(1), (1.0, 1.0), cell, grid)
+    own = regrid(r.anatomy.source.axes.on_grid(products), (1.0, 1.0), cell, grid)
     parts = [own, *(regrid(v, c, cell, grid) for c, v in r.biases.items())]
-    total = _total(image)
+    total = _total(products)
     return MethodResult(
         _total_of(parts), cell, total if r.bias_total is None else total + r.bias_total
     )
 
 
 def _first_grid(r: Record) -> tuple[Cell, tuple[int, int]]:
-    """The grid of the first block's input; pixels where there is no block."""
+    """The grid of the first block's input; the input's own where there is no block."""
     if not r.anatomy.blocks:
-        return (1.0, 1.0), r.anatomy.image
+        return (1.0, 1.0), r.anatomy.size
     layout = r.anatomy.stream[r.anatomy.blocks[0].input]
     return layout.cell, layout.grid
 

@@ -62,7 +62,7 @@ def gradsam(r: Record) -> MethodResult:
 def _readout(r: Record) -> Tensor:
     """Which tokens of the stream's end the output reads, (B, n): where its gradient arrives,
     each of them alike: the class token, or all where they are averaged."""
-    reads = (r.gradients[r.anatomy.tail] != 0).any(-1).to(r.image.dtype)
+    reads = (r.gradients[r.anatomy.tail] != 0).any(-1).to(r.input.dtype)
     return reads / reads.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -71,7 +71,7 @@ Mix = Callable[[Weights], Tensor]
 
 @dataclass(frozen=True)
 class _Row:
-    """Relevance of tokens, (B, n), how they lie in the image, and each one's cell, (n,)."""
+    """Relevance of tokens, (B, n), how they lie in the input, and each one's cell, (n,)."""
 
     tokens: Tensor
     layout: Layout
@@ -123,7 +123,7 @@ def _residual(row: Tensor, w: Weights, mix: Mix) -> Tensor:
 
 def _even(r: Record, site: Attention) -> Tensor:
     """All queries of a pooling attention alike."""
-    return r.image.new_full((r.image.shape[0], site.query_tokens), 1 / site.query_tokens)
+    return r.input.new_full((r.output.shape[0], site.query_tokens), 1 / site.query_tokens)
 
 
 def _start(r: Record, mix: Mix, factor: float = 1.0) -> _Row:

@@ -17,17 +17,19 @@ from ..backward.running import Run, finite_products
 from ..backward.targets import Chosen, Target, resolve
 from ..check.numeric import float_leaves
 from ..errors import InputError
+from ..graph.walking import Walker
 from ..operators.algebra import Algebra
 from ..operators.calls import named, operation_args
 from ..plan.labelling import Degrees
 from .layouts import Cell
+from .places import Source
 from .structure import Anatomy, Attention
 
 
 class Need(StrEnum):
     """What a method reads of a pass, and what it asks of the model."""
 
-    IMAGE = "the image's gradient"
+    INPUT = "the input's gradient"
     BLOCKS = "blocks"
     ATTENTION = "attention"
     ATTENTION_GRADIENT = "the gradient of attention"
@@ -64,7 +66,8 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Record:
-    """What one pass gathered. `values`, `gradients`: stream node -> (batch, tokens, channels).
+    """What one pass gathered. `input`: the source's value, an image or embedded tokens. `values`,
+    `gradients`: stream node -> (batch, tokens, channels).
 
     `layers`: attention with the gradient of the output that the head makes of that very layer.
     `biases`: cell -> what the biases contribute there, (batch, *canvas); `bias_total`: (batch,);
@@ -72,8 +75,8 @@ class Record:
     """
 
     anatomy: Anatomy
-    image: Tensor
-    image_gradient: Tensor
+    input: Tensor
+    input_gradient: Tensor
     output: Tensor
     target: Chosen
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -95,11 +98,11 @@ def gather(
     balanced: Balanced,
     labels: Degrees,
     anatomy: Anatomy,
-    image: Tensor,
+    given: Sequence[Any],
     target: Target | Chosen,
     needs: Collection[Need],
 ) -> Record:
-    """One forward and one backward of a balanced model for images of shape (B, C, H, W).
+    """One forward and one backward of a balanced model, for its inputs, flat.
 
     Attention's gradient is taken at the product of weights and values, so that it is there where a
     policy prunes the weights and where the kernel is fused; the forward is not touched.
@@ -111,24 +114,24 @@ def gather(
     # the head is run again, or what follows each attention
     run.garbage_collect_values = not {Need.LAYERS, Need.VECTORS} & set(needs)
     with torch.enable_grad():
-        output = float_leaves(run.run(image, enable_io_processing=False))[0]
+        output = float_leaves(run.run(*given, enable_io_processing=False))[0]
         chosen = chosen_of(output, target)
         value = chosen.of(output)
         layers = tuple(_layers(run, sites, chosen)) if Need.LAYERS in needs else ()
-        given = run.sources | {n: run.kept[n] for n in (*stream, *(s.node for s in sites))}
-        asked = {n: t for n, t in given.items() if t.requires_grad}
+        read = run.sources | {n: run.kept[n] for n in (*stream, *(s.node for s in sites))}
+        asked = {n: t for n, t in read.items() if t.requires_grad}
         with run.listening():
             found = torch.autograd.grad(value.sum(), [*asked.values()], allow_unused=True)
     grads = dict(zip(asked, found, strict=True))
     grads = {
         n: torch.zeros_like(t) if grads.get(n) is None else grads[n].detach()
-        for n, t in given.items()
+        for n, t in read.items()
     }
-    source = next(iter(run.sources))
+    source = anatomy.source
     return Record(
         anatomy,
-        run.sources[source].detach(),
-        grads[source],
+        source.axes.joined([run.sources[name].detach() for name in source.nodes]),
+        source.axes.joined([grads[name] for name in source.nodes]),
         value.detach(),
         chosen,
         {n: layout.tokens(run.kept[n].detach()) for n, layout in stream.items()},
@@ -160,8 +163,44 @@ def counted(labels: Degrees) -> Degrees:
 def chosen_of(output: Tensor, target: Target | Chosen) -> Chosen:
     """The target of each sample of an output (B, *rest); raises `InputError`."""
     if output.dim() == 0:
-        raise InputError("the model returns one number for all images; there must be one an image")
+        raise InputError("the model returns one number for all samples; there must be one a sample")
     return target if isinstance(target, Chosen) else resolve(target, output)
+
+
+class _AtSource(Walker):
+    """Runs a graph, keeping the values of its source, or having others in their place."""
+
+    def __init__(self, module: fx.GraphModule, source: Source) -> None:
+        super().__init__(module)
+        self.source = source
+        self.found: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.given:
+            return self.given[n.name]
+        value = super().run_node(n)
+        if n.name in self.source.nodes:
+            self.found[n.name] = value
+        return value
+
+
+def output_and_source(
+    balanced: Balanced, source: Source, given: Sequence[Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, (B, *rest), and the parts of the source; `given`: the inputs, flat."""
+    run = _AtSource(balanced.fx, source)
+    output = float_leaves(run.run(*given, enable_io_processing=False))[0]
+    return output, [run.found[name] for name in source.nodes]
+
+
+def output_from(
+    balanced: Balanced, source: Source, given: Sequence[Any], parts: Sequence[Tensor]
+) -> Tensor:
+    """The output, (B, *rest), where the source has these parts."""
+    run = _AtSource(balanced.fx, source)
+    run.given = dict(zip(source.nodes, parts, strict=True))
+    return float_leaves(run.run(*given, enable_io_processing=False))[0]
 
 
 class _Gathering(Run):

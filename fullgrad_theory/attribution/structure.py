@@ -1,16 +1,17 @@
-"""What a vision model consists of, read off its graph: its stream of tokens, blocks, attention.
+"""What a model of tokens consists of, read off its graph: its stream, blocks, attention.
 
-The stream is what every path from the image to the output runs through. Where two live values are
+The stream is what every path from the input to the output runs through. Where two live values are
 added on it, a residual branch ends (a join); joins of one module make a block.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from itertools import groupby, pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import networkx as nx
@@ -20,13 +21,13 @@ from torch.utils import _pytree as pytree
 
 from ..graph.computation import ComputationGraph
 from ..graph.sources import module_path
-from ..operators.algebra import Role
-from ..operators.registry import has_role
+from ..operators.algebra import Algebra, Role
+from ..operators.registry import has_role, record_of
 from ..plan.states import Liveness
 from . import boxes as bx
 from . import forms
 from .layouts import Layout, batch_of, layout, scatter
-from .places import Boxes, Walk, batch_dim, locate
+from .places import Boxes, Source, Walk, batch_dim, locate, open_dim
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Block:
-    """A module of the stream, with its joins: `steps[0].before` is its input."""
+    """A module of the stream, with its joins: `steps[0].before` is its input. `output`: the last
+    sum, or that behind its norm where the block ends with one (post-norm)."""
 
     path: str
     steps: tuple[Step, ...]
+    output: str
 
     @property
     def input(self) -> str:
         return self.steps[0].before
-
-    @property
-    def output(self) -> str:
-        return self.steps[-1].after
 
 
 @dataclass(frozen=True)
@@ -118,20 +117,22 @@ def _canvas(tokens: Tensor, layout: Layout, cells: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Steps, blocks and attention of a traced model, in order; layouts of its values.
+    """Steps, blocks and attention of a traced model, in order; layouts of its values. `size`: rows
+    and columns of the source's places.
 
     `unread`: softmaxes over as many entries as there are tokens that are of no attention here.
     """
 
     graph: ComputationGraph
+    source: Source
     boxes: Mapping[str, Boxes]
     shapes: Mapping[str, torch.Size | tuple[torch.Size, ...]]
-    image: tuple[int, int]
+    size: tuple[int, int]
     steps: tuple[Step, ...]
     blocks: tuple[Block, ...]
     attention: tuple[Attention, ...]
     unread: tuple[str, ...] = ()
-    _alone: Callable[[], Walk] | None = field(default=None, repr=False)  # of one image
+    _alone: Callable[[], Walk] | None = field(default=None, repr=False)  # of one sample
     _layouts: dict[tuple[str, int], Layout] = field(default_factory=dict, repr=False)
 
     def layout(self, name: str, index: int = 0) -> Layout:
@@ -143,24 +144,25 @@ class Anatomy:
 
     def _read(self, name: str, index: int, united: Sequence[int]) -> Layout:
         """A layout; `united`: dimensions along which elements share a place."""
-        at = batch_dim(self.graph, name, index)
-        found = _layout(self.boxes, self.shapes, self.image, name, index, united, at)
+        at = batch_dim(self.graph, self.source, name, index)
+        found = _layout(self.boxes, self.shapes, self.size, name, index, united, at)
         if found.batch is None and self._alone is not None:
             # samples that cannot be told apart are run one by one
             walk = self._alone()
-            found = _layout(walk.boxes, walk.shapes, self.image, name, index, united, None)
+            found = _layout(walk.boxes, walk.shapes, self.size, name, index, united, None)
         return found
 
     @cached_property
     def stream(self) -> dict[str, Layout]:
         """The layouts of all values of the stream."""
-        names = dict.fromkeys(n for s in self.steps for n in (s.before, s.after))
+        ends = [n for s in self.steps for n in (s.before, s.after)]
+        names = dict.fromkeys([*ends, *(b.output for b in self.blocks)])
         return {n: self.layout(n) for n in names}
 
     @property
     def tail(self) -> str:
         """The last value of the stream."""
-        return self.steps[-1].after
+        return self.blocks[-1].output
 
     @cached_property
     def behind(self) -> frozenset[str]:
@@ -216,23 +218,23 @@ class Anatomy:
         )
 
 
-def anatomy(graph: ComputationGraph, live: Liveness, image: Tensor) -> Anatomy:
-    """Read a model's anatomy; `image` is one image of shape (1, C, H, W).
+def anatomy(
+    graph: ComputationGraph, live: Liveness, source: Source, given: Sequence[Any]
+) -> Anatomy:
+    """Read a model's anatomy; `given`: the inputs of one sample, flat.
 
     Two copies are run where the batch is open, to see how samples lie in folded dimensions.
     """
-    walk = locate(graph, live, torch.cat([image, image]) if graph.dynamic else image)
-    size = int(image.shape[-2]), int(image.shape[-1])
+    both = [_twice(n, t) for n, t in zip(graph.placeholders, given, strict=True)]
+    walk = locate(graph, live, source, both if graph.dynamic else given)
     shapes = walk.shapes
-    alone = cache(partial(locate, graph, live, image)) if graph.dynamic else None
-    bare = Anatomy(graph, walk.boxes, shapes, size, (), (), (), (), alone)
-    chain = _chain(graph, live)
+    size = source.axes.rows(shapes[source.nodes[0]])
+    alone = cache(partial(locate, graph, live, source, given)) if graph.dynamic else None
+    bare = Anatomy(graph, source, walk.boxes, shapes, size, (), (), (), (), alone)
+    chain = _chain(graph, live, source)
     placed = [n for n in chain if bare.layout(n.name).placed]
-    steps, owners = _steps(placed, live)
-    blocks = tuple(
-        Block(path, tuple(step for _, step in group))
-        for (path, _), group in groupby(zip(owners, steps, strict=True), key=lambda pair: pair[0])
-    )
+    steps, owners = _steps(placed, live, source)
+    blocks = tuple(_blocks(steps, owners, placed))
     found = replace(bare, steps=tuple(steps), blocks=blocks)
     sites, unread = _attention(found, live)
     return replace(found, attention=sites, unread=unread)
@@ -241,7 +243,7 @@ def anatomy(graph: ComputationGraph, live: Liveness, image: Tensor) -> Anatomy:
 def _layout(
     boxes: Mapping[str, Boxes],
     shapes: Mapping[str, torch.Size | tuple[torch.Size, ...]],
-    image: tuple[int, int],
+    size: tuple[int, int],
     name: str,
     index: int,
     united: Sequence[int],
@@ -252,43 +254,111 @@ def _layout(
         found = found[index] if index < len(found) else None
     shape = shape if isinstance(shape, torch.Size) else shape[index]
     found = bx.empty(len(shape)) if found is None else bx.union(found, united)
-    batch = None if at is None else batch_of(found, image[0], *at)
+    batch = None if at is None else batch_of(found, size[0], *at)
     if batch is not None:
         shape = torch.Size(s if d != batch.dim else batch.each for d, s in enumerate(shape))
         if found.shape[batch.dim + 1] > 1:  # of the first sample
             found = torch.stack([batch.split(plane)[0] for plane in found])
-    return layout(bx.tidy(found), shape, image, batch)
+    return layout(bx.tidy(found), shape, size, batch)
 
 
-def _chain(graph: ComputationGraph, live: Liveness) -> list[fx.Node]:
-    """The nodes that every path from the image to the first output runs through, in order."""
-    start, end = graph.placeholders[0].name, graph.outputs[0].name
-    moving = {start, *(n for n in live.calls if forms.is_live(live, graph.nodes[n]))}
-    reached = graph.nx.subgraph(moving)
-    if end not in reached or start not in reached or not nx.has_path(reached, start, end):
+def _twice(placeholder: fx.Node, given: Any) -> Any:
+    """An input of one sample as that of two."""
+    at = open_dim(placeholder)
+    return given if at is None else torch.cat([given, given], at)
+
+
+def _chain(graph: ComputationGraph, live: Liveness, source: Source) -> list[fx.Node]:
+    """The nodes that every path from the source to the first output runs through, in order."""
+    start, end = "the source's parts", graph.outputs[0].name
+    moving = {*source.nodes, *(n for n in live.calls if forms.is_live(live, graph.nodes[n]))}
+    reached = nx.DiGraph(graph.nx.subgraph(moving).edges)
+    reached.add_edges_from((start, name) for name in source.nodes)
+    if end not in reached or not nx.has_path(reached, start, end):
         return []
     parents = nx.immediate_dominators(reached, start)
     names = [end]
-    while names[-1] != start:
+    while parents[names[-1]] != start:
         names.append(parents[names[-1]])
     return [graph.nodes[n] for n in reversed(names)]
 
 
-def _steps(chain: list[fx.Node], live: Liveness) -> tuple[list[Step], list[tuple[str, object]]]:
-    """Joins with the node each branch started from, and the module, and call of it, each is in."""
+@dataclass(frozen=True)
+class _Owner:
+    """The module that a join belongs to: its `path`, and the `call` of it with all calls around, by
+    export's keys: `b`, `b@1` the second one. `around`: it is not the sum's own, which the branch
+    begins outside of."""
+
+    path: str
+    call: tuple[object, ...]
+    around: bool = False
+
+
+def _steps(chain: list[fx.Node], live: Liveness, source: Source) -> tuple[list[Step], list[_Owner]]:
+    """Joins with the node each branch started from, and the module each is in."""
     pairs = list(pairwise(chain))
     adds = [(a, b) for a, b in pairs if has_role(b, Role.ADDITION)]
     joins = [(a, b) for a, b in adds if forms.live_operands(b, live) > 1]
-    if not joins:  # no residual branches: every layer with weights is a block
-        joins = [(a, b) for a, b in pairs if has_role(b, Role.WEIGHTED) and a.op != "placeholder"]
-    return [Step(a.name, b.name) for a, b in joins], [_owner(b) for _, b in joins]
+    steps = [Step(a.name, b.name) for a, b in joins]
+    if joins:
+        return steps, [_owner(a, b, live) for a, b in joins]
+    # no residual branches: every layer with weights is a block
+    layers = [(a, b) for a, b in pairs if has_role(b, Role.WEIGHTED) and a.name not in source.nodes]
+    return [Step(a.name, b.name) for a, b in layers], [_module(b) for _, b in layers]
 
 
-def _owner(node: fx.Node) -> tuple[str, object]:
-    """The module a node is in, and which call of it, by export's key: `b`, `b@1` the second one."""
+def _module(node: fx.Node) -> _Owner:
     path = module_path(node)
-    calls = list(node.meta.get("nn_module_stack") or [""])
-    return (path, calls[-1]) if path else (node.name, None)
+    return _Owner(path, _calls(node)) if path else _Owner(node.name, (node.name,))
+
+
+def _calls(node: fx.Node) -> tuple[object, ...]:
+    return tuple(node.meta.get("nn_module_stack") or ())
+
+
+def _owner(before: fx.Node, join: fx.Node, live: Liveness) -> _Owner:
+    """The module of the sum; where the branch begins outside of it, as where BERT's has the sum in
+    a module of its own, the smallest one that all of the branch is in."""
+    own, shared = _module(join), _calls(join)
+    todo, seen = [join], {before, join}
+    while todo:
+        for a in todo.pop().all_input_nodes:
+            if a not in seen and forms.is_live(live, a):
+                seen.add(a)
+                todo.append(a)
+                pairs = zip(shared, _calls(a), strict=False)
+                shared = tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if len(shared) == len(_calls(join)):
+        return own
+    path = re.sub(r"@\d+$", "", join.meta["nn_module_stack"][shared[-1]][0]) if shared else ""
+    return _Owner(path, shared, True) if path else own
+
+
+def _blocks(steps: list[Step], owners: list[_Owner], chain: list[fx.Node]) -> Iterator[Block]:
+    """Joins that follow each other in one call of a module, or in a part of it that is no block by
+    itself."""
+    groups: list[tuple[_Owner, list[Step]]] = []
+    for owner, step in zip(owners, steps, strict=True):
+        last = groups[-1][0] if groups else None
+        part = last is not None and last.around and owner.call == last.call[: len(owner.call)]
+        if last is not None and (part or owner.call == last.call):
+            groups[-1] = owner, [*groups[-1][1], step]
+        else:
+            groups.append((owner, [step]))
+    following = dict(pairwise(chain))
+    nodes = {n.name: n for n in chain}
+    for owner, own in groups:
+        end = nodes[own[-1].after]
+        while (norm := following.get(end)) is not None and _is_norm(norm, owner):
+            end = norm
+        yield Block(owner.path, tuple(own), end.name)
+
+
+def _is_norm(node: fx.Node, owner: _Owner) -> bool:
+    """Whether a node is a norm in this call of a module."""
+    record = record_of(node)
+    inside = _calls(node)[: len(owner.call)] == owner.call
+    return inside and record is not None and record.algebra is Algebra.NORMALISER
 
 
 # --------------------------------------------------------------------------- attention

@@ -53,13 +53,15 @@ def node_by_node(subject: Subject, inputs: list[Any]) -> Local:
 class _Ran:
     """A call that ran on operands which are leaves of their own.
 
-    `outputs`: each live one with a random cotangent and its degree.
+    `outputs`: each live one with a random cotangent and its degree. `leaves`: the parameters that
+    are bias leaves, where no bias leaf is anything else.
     """
 
     node: fx.Node
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operands: list[tuple[str, Tensor]]
+    leaves: list[Tensor]
     value: Any
     outputs: list[tuple[Tensor, Tensor, Fraction]]
 
@@ -93,32 +95,44 @@ class _Residuals(Walker):
         ran = self._ran(n)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NonConvergenceWarning)
-            left, spread = self._through_operands(ran)
-            left += self._through_biases(ran)
+            left, of_leaves, spread = self._through_operands(ran)
+            of_biases = self._through_biases(ran)
+            left += of_biases
         self.unconverged |= {n.name for w in caught if w.category is NonConvergenceWarning}
         right, magnitude = 0.0, 0.0
         for value, cotangent, degree in ran.outputs:
             right += float(degree) * inner(cotangent, value)
             magnitude += inner(_magnitudes(cotangent), _magnitudes(value))
-        if abs(left - right) > 1e-12 * magnitude:
+        apart = [left - right]
+        if ran.leaves:  # what biases add, by their values, and by the gradient that they get
+            apart.append(of_biases - of_leaves)
+        gap = largest(map(abs, apart))
+        if gap > 1e-12 * magnitude:
             magnitude = max(magnitude, spread())
-        self._record(n.name, abs(left - right), magnitude)
+        self._record(n.name, gap, magnitude)
         return pytree.tree_map_only(Tensor, Tensor.detach, ran.value)
 
     def _ran(self, n: fx.Node) -> _Ran:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         operands: list[tuple[str, Tensor]] = []
+        leaves: list[Tensor] = []
+        moving = self.labels.live.calls[n.name].moving
+        biases = frozenset(self.labels.biases.get(n.name, ()))
 
         def leaf(name: str, value: Any) -> Any:
-            if not is_ray(value):
-                return value
-            operands.append((name, value.detach().requires_grad_()))
-            return operands[-1][1]
+            if not is_ray(value) or not (name in moving or value.requires_grad):
+                return value  # a constant gets no gradient, and not every kernel has one for it
+            value = value.detach().requires_grad_()
+            if name in moving:
+                operands.append((name, value))
+            else:
+                leaves.append(value)
+            return value
 
-        moving = self.labels.live.calls[n.name].moving
         args, kwargs = _map_operands(
-            n, self.subject.graph.nodes[n.name], args, kwargs, moving, leaf
+            n, self.subject.graph.nodes[n.name], args, kwargs, moving | biases, leaf
         )
+        leaves = leaves if len(leaves) == len(biases) else []
         with torch.enable_grad():
             value = n.target(*args, **kwargs)  # type: ignore[operator]
         outputs = list(value) if isinstance(value, (tuple, list)) else [value]
@@ -129,22 +143,28 @@ class _Residuals(Walker):
             for o, f in zip(outputs, facts, strict=True)
             if f.state is State.LIVE and is_ray(o)
         ]
-        return _Ran(n, args, kwargs, operands, value, live)
+        return _Ran(n, args, kwargs, operands, leaves, value, live)
 
-    def _through_operands(self, ran: _Ran) -> tuple[float, Callable[[], float]]:
-        """sum d_i <J~_i^T c, u_i>, and how large its terms are before they cancel."""
+    def _through_operands(self, ran: _Ran) -> tuple[float, float, Callable[[], float]]:
+        """sum d_i <J~_i^T c, u_i>, the same of the bias leaves, and how large the first one's terms
+        are before they cancel."""
         grown = [(o, c) for o, c, _ in ran.outputs if o.requires_grad]
         grads: tuple[Tensor | None, ...] = ()
-        if grown and ran.operands:
+        leaves = [*(u for _, u in ran.operands), *ran.leaves]
+        if grown and leaves:
             values, cotangents = zip(*grown, strict=True)
-            leaves = [u for _, u in ran.operands]
             grads = torch.autograd.grad(values, leaves, cotangents, allow_unused=True)
         seen, total, terms = self.labels.seen[ran.node.name], 0.0, []
         for (name, u), g in zip(ran.operands, grads, strict=False):
             if g is not None and seen[name] != 0:
                 total += float(seen[name]) * inner(g, u)
                 terms.append((g, u))
-        return total, lambda: sum(inner(_magnitudes(g), _magnitudes(u)) for g, u in terms)
+        of_leaves = zip(ran.leaves, grads[len(ran.operands) :], strict=False)
+        return (
+            total,
+            sum(inner(g, b) for b, g in of_leaves if g is not None),
+            lambda: sum(inner(_magnitudes(g), _magnitudes(u)) for g, u in terms),
+        )
 
     def _through_biases(self, ran: _Ran) -> float:
         """<c, J_b b>."""

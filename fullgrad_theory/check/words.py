@@ -100,8 +100,11 @@ def unconverged(where: str, error: float) -> str:
 
 def lemma_missed(where: str, error: float) -> str:
     if isfinite(error):
-        missed = f"its lemma says consistent, its backward misses by {error:.1e}; an error of this"
-        return f"{where}: {missed} library, please report it"
+        missed = f"its lemma says consistent, its backward misses by {error:.1e}"
+        return (
+            f"{where}: {missed}: where the operation is yours, its backward is not its forward's; "
+            "else an error of this library, please report it"
+        )
     return (
         f"{where}: its gradient is not finite at these inputs (infinity times zero, as of a square "
         "root at 0), so nothing adds up behind it"

@@ -35,6 +35,7 @@ from .options import (
     known_policies,
     writable,
 )
+from .zoo import app as zoo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Is a model's gradient FullGrad-complete, what breaks it, and what mends it?",
 )
+app.add_typer(zoo, name="zoo")
 
 
 def _version(asked: bool) -> None:
@@ -306,6 +308,10 @@ def explain(
             help="Of text: at which token, where each has scores; else at the mask, or the last."
         ),
     ] = None,
+    special: Annotated[
+        bool,
+        typer.Option("--special/--no-special", help="Of text: show [CLS] and its kind, or not."),
+    ] = True,
     inputs: Inputs = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -329,7 +335,7 @@ def explain(
         from . import telling
 
         methods = method or ["fullgrad"]
-        telling.tell(text, Path(name), image, methods, policy, asked, out, traceback)
+        telling.tell(text, Path(name), image, methods, policy, asked, out, traceback, special)
 
 
 @app.command()

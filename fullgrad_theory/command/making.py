@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Chosen:
     pretrained: bool = False
     device: str | None = None
     dtype: Dtype | None = None
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """what timm makes the model with besides"""
 
     @property
     def untrained(self) -> bool:
@@ -69,7 +72,8 @@ def _timm(chosen: Chosen, otherwise: str) -> nn.Module:
         error = unknown_name("model", chosen.name, timm.list_models())
         raise type(error)(f"{error}; one of your own is package.module:attribute")
     with torch.device("meta" if meta else "cpu"):
-        model = loaded(timm.create_model, chosen.name, pretrained=chosen.pretrained)
+        more = {"pretrained": chosen.pretrained, **chosen.keywords}
+        model = loaded(timm.create_model, chosen.name, **more)
     _weights(model, chosen.weights)
     created: nn.Module = model.to(device, getattr(torch, chosen.dtype or Dtype.FLOAT32))
     return created.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class Passage:
     @property
     def length(self) -> int:
         return int(self.given["input_ids"].shape[1])
+
+    def without_special(self) -> Passage:
+        """The same text, words alone."""
+        return replace(self, pieces=tuple(piece for piece in self.pieces if not piece.special))
 
     @property
     def held(self) -> tuple[str, ...]:

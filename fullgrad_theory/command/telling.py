@@ -17,7 +17,7 @@ from .making import Wanted
 from .options import PAGE
 from .page import judging, show, table
 from .passage import Passage, entry, reader, tokenised
-from .tokenmaps import METHODS, TokenMap, token_maps
+from .tokenmaps import TokenMap, token_maps
 from .writing import withdraw
 
 _FOR, _AGAINST = (178, 24, 43), (33, 102, 172)
@@ -33,13 +33,15 @@ def tell(
     wanted: Wanted,
     out: Path | None,
     traceback: bool = False,
+    special: bool = True,
 ) -> None:
-    """Print the words' contributions under each method and policy, and write them down."""
+    """Print the words' contributions under each method and policy, and write them down.
+
+    `special`: show the tokens that are the tokenizer's own, [CLS] and its kind, beside the words.
+    """
     with judging(traceback=traceback):
         if image is not None:
             raise InputError("name an image or a --text, not both")
-        if others := [method for method in methods if method not in METHODS]:
-            raise InputError(f"{others[0]} is for images; for text there is {', '.join(METHODS)}")
         drawn = out is not None and out.suffix.lower() != PAGE
         if drawn:
             require("matplotlib", "plots")  # before there is work to be lost
@@ -52,6 +54,7 @@ def tell(
         words = tokenised(text, read.tokenizer)
         at = entry(wanted, read, words)
         maps = token_maps(read, words, at, methods, policies)
+        words = words if special else words.without_special()
         weights = " (random weights)" if read.untrained else ""
         title = f"{folder.resolve().name}{weights}: {at.words}, value {maps[0].output:.4g}"
         if out is not None and drawn:
@@ -63,7 +66,7 @@ def tell(
 
 
 def _table(words: Passage, maps: Sequence[TokenMap]) -> Table:
-    made = table("word", *(f"{one.method}, {one.policy}" for one in maps))
+    made = table("word", *(f"{one.method}, {one.policy}" for one in maps), unbroken="word")
     for column in made.columns[1:]:
         column.justify = "right"
     reach = [_reach(words, one) for one in maps]
@@ -74,22 +77,29 @@ def _table(words: Passage, maps: Sequence[TokenMap]) -> Table:
         ]
         made.add_row(Text(piece.text, style="dim" if piece.special else ""), *cells)
     made.add_section()
-    for name, figures in _ends(maps):
+    for name, figures in _ends(words, maps):
         made.add_row(Text(name, style="dim"), *figures)
     return made
 
 
-def _ends(maps: Sequence[TokenMap]) -> Iterator[tuple[str, list[str]]]:
-    """What is no word's, and how much of the output all of it misses."""
-    rest = ["" if one.rest is None else f"{one.rest:+.3g}" for one in maps]
-    error = ["" if one.error is None else f"{one.error:.2g}" for one in maps]
-    if any(rest):
-        yield "biases beside", rest
+def _ends(words: Passage, maps: Sequence[TokenMap]) -> Iterator[tuple[str, Sequence[str]]]:
+    """What is no shown word's, and how much of the output all of it misses."""
+    rest, error = zip(*(_sums(words, one) for one in maps), strict=True)
+    if any(error):
+        yield "beside the words", rest
         yield "completeness error", error
 
 
+def _sums(words: Passage, one: TokenMap) -> tuple[str, str]:
+    """Both of one map, in figures; nothing for a method without a sum to keep."""
+    rest = one.beside(words)
+    return ("", "") if rest is None else (f"{rest:+.3g}", f"{one.error:.2g}")
+
+
 def _reach(words: Passage, one: TokenMap) -> float:
-    return max(abs(one.of(piece)) for piece in words.pieces) or 1.0
+    """The most that a word has; a special token, which may have far more, is as strong as that."""
+    own = words.without_special().pieces or words.pieces
+    return max((abs(one.of(piece)) for piece in own), default=0.0) or 1.0
 
 
 def _colour(strength: float) -> tuple[int, int, int]:
@@ -108,11 +118,12 @@ def to_html(title: str, words: Passage, maps: Sequence[TokenMap]) -> str:
     shown: list[dict[str, Any]] = []
     for one in maps:
         reach = _reach(words, one)
+        rest, error = _sums(words, one)
         shown.append(
             {
                 "name": f"{one.method}, {one.policy}",
-                "rest": "" if one.rest is None else f"{one.rest:+.3g}",
-                "error": "" if one.error is None else f"{one.error:.2g}",
+                "rest": rest,
+                "error": error,
                 "words": [
                     {
                         "text": piece.text,
@@ -139,10 +150,11 @@ def draw(words: Passage, maps: Sequence[TokenMap], title: str, path: Path) -> An
     (panels,) = figure.subplots(1, len(maps), sharey=True, squeeze=False)
     rows = range(len(words.pieces))
     for axis, one in zip(panels, maps, strict=True):
-        values, reach = [one.of(piece) for piece in words.pieces], _reach(words, one)
+        values = [one.of(piece) for piece in words.pieces]
+        reach = max(map(abs, values), default=0.0) or 1.0
         colours = [tuple(c / 255 for c in (_FOR if value > 0 else _AGAINST)) for value in values]
         axis.barh(rows, values, color=colours)
-        axis.set_xlim(-1.1 * reach, 1.1 * reach)
+        axis.set_xlim(-1.1 * reach if min(values, default=0.0) < 0 else 0.0, 1.1 * reach)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.ticklabel_format(axis="x", scilimits=(-2, 3))
         axis.tick_params(labelsize=7)

@@ -1,0 +1,1 @@
+"""Many architectures audited: their sources, workers with limits, and the file of results."""
