@@ -96,20 +96,18 @@ class _Residuals(Walker):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", NonConvergenceWarning)
             left, of_leaves, spread = self._through_operands(ran)
-            of_biases = self._through_biases(ran)
+            of_biases, added = self._through_biases(ran)
             left += of_biases
         self.unconverged |= {n.name for w in caught if w.category is NonConvergenceWarning}
         right, magnitude = 0.0, 0.0
         for value, cotangent, degree in ran.outputs:
             right += float(degree) * inner(cotangent, value)
             magnitude += inner(_magnitudes(cotangent), _magnitudes(value))
-        apart = [left - right]
-        if ran.leaves:  # what biases add, by their values, and by the gradient that they get
-            apart.append(of_biases - of_leaves)
-        gap = largest(map(abs, apart))
-        if gap > 1e-12 * magnitude:
+        if abs(left - right) > 1e-12 * magnitude:
             magnitude = max(magnitude, spread())
-        self._record(n.name, gap, magnitude)
+        self._record(n.name, abs(left - right), magnitude)
+        if ran.leaves:  # what biases add, by their values, and by the gradient that they get
+            self._record(n.name, abs(of_biases - of_leaves), added)
         return pytree.tree_map_only(Tensor, Tensor.detach, ran.value)
 
     def _ran(self, n: fx.Node) -> _Ran:
@@ -166,11 +164,11 @@ class _Residuals(Walker):
             lambda: sum(inner(_magnitudes(g), _magnitudes(u)) for g, u in terms),
         )
 
-    def _through_biases(self, ran: _Ran) -> float:
-        """<c, J_b b>."""
+    def _through_biases(self, ran: _Ran) -> tuple[float, float]:
+        """<c, J_b b>, and sum |c| |J_b b|."""
         name = ran.node.name
         if name not in self.labels.biases:
-            return 0.0
+            return 0.0, 0.0
         outputs = ran.value if isinstance(ran.value, (tuple, list)) else [ran.value]
         maps = bias_maps(
             self.subject.graph.nodes[name],
@@ -179,7 +177,11 @@ class _Residuals(Walker):
             ran.kwargs,
             [o.detach() for o in outputs if isinstance(o, Tensor)],
         )
-        return sum(inner(c, b) for (_, c, _), b in zip(ran.outputs, maps, strict=False))
+        pairs = [(c, b) for (_, c, _), b in zip(ran.outputs, maps, strict=False)]
+        return (
+            sum(inner(c, b) for c, b in pairs),
+            sum(inner(_magnitudes(c), _magnitudes(b)) for c, b in pairs),
+        )
 
     def _scaled(self, n: fx.Node, edit: Scale) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
