@@ -689,6 +689,8 @@ def test_unknown_names_are_errors() -> None:
         simple(target="truth")
     with pytest.raises(InputError, match="at least 1"):
         simple(batch_size=0)
+    with pytest.raises(InputError, match=r"policies are given by names, or objects as a dict"):
+        simple(policies=[{"libra": 1}])
 
 
 def test_a_failure_is_told_to_the_others() -> None:

@@ -77,6 +77,8 @@ def _target_text(target: Target) -> Any:
 def distinct_names(what: str, given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, each once."""
     names = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{what} are given by names, or objects as a dict: {{name: object}}")
     if not names or len(set(names)) < len(names):
         raise InputError(f"{what} must be some names, each once, got {names}")
     return names
