@@ -1201,6 +1201,13 @@ HONEST: dict[str, Callable[[Tensor], Tensor]] = {
     "a part that nothing reads": lambda x: x + torch.relu(_pair(-x, x)[0]),
     "copies": lambda x: x + torch.relu(-x) + torch.relu(-x).abs() + torch.relu(-x.clone()),
     "a view beside its base": lambda x: x + torch.relu(-x) + torch.relu(-x).view(4, 2).view(2, 4),
+    "infinities that are copied": lambda x: (
+        torch.nn.functional.pad(x, (2, 2), value=-torch.inf)
+        .reshape(2, 2, 4)
+        .transpose(1, 2)
+        .reshape(2, 4, 2)
+        .amax(-1)
+    ),
     "nothing but rounding": lambda x: x + torch.relu((x * 3 - x * 2 - x) * 1.0),
     "written to": lambda x: (x - 9).relu_().mul(2).add_(x),
     "not there": lambda x: x + torch.relu(-x).sum() * torch.ones_like(x),

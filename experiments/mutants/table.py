@@ -276,7 +276,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("casts limit the audit", VERDICT, "check/lifting.py",
            'return WIDE.get(value, value)', 'return value', (CHECK, LIARS)),
     Mutant("a local residual ignores its bias leaves", VERDICT, "check/local.py",
-           'return sum(inner(c, b) for (_, c, _), b in zip(ran.outputs, maps, strict=False))', 'return 0.0', (CHECK,)),
+           'sum(inner(c, b) for c, b in pairs),', '0.0,', (CHECK,)),
+    Mutant("what a bias adds is not compared with its gradient", VERDICT, "check/local.py",
+           'self._record(n.name, abs(of_biases - of_leaves), added)', 'pass',
+           ("tests/test_userops.py", "-k", "wrong_gradient_of_a_bias")),
     Mutant("another plan fits", VERDICT, "plan/plan.py",
            'if missing or self.fingerprint != fingerprint(graph):', 'if False:', ("tests/test_plan.py",)),
     # ------------------------------------------------------------------ trace
