@@ -1,4 +1,4 @@
-"""Faults planted in the registry, for tests that must notice them."""
+"""Faults planted in the registry, and in backwards, for tests that must notice them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
+from torch.autograd import Function
 
 from fullgrad_theory.operators import Frozen, lookup, registry
 from fullgrad_theory.operators.gates import Gate
@@ -26,3 +28,20 @@ def plant_gate(monkeypatch: pytest.MonkeyPatch, name: str, gate: Any) -> None:
 
 def plant_frozen(monkeypatch: pytest.MonkeyPatch, name: str, form: Any) -> None:
     plant(monkeypatch, name, frozen=Frozen(form, exact=True))
+
+
+class Times(Function):
+    """The identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Any) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return g * ctx.factor, None
+
+
+def times(x: Tensor, factor: Any) -> Tensor:
+    return Times.apply(x, factor)  # type: ignore[no-any-return,no-untyped-call]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from planted import times
 from torch import Tensor, nn
-from torch.autograd import Function
 
 import fullgrad_theory as fgt
 
@@ -20,23 +20,6 @@ IDS = torch.tensor([[1, 4, 2], [7, 7, 0]])
 W = nn.Linear(5, 5).eval()
 TABLE = nn.Embedding(9, 5).eval()
 TABLE_FROZEN = nn.Embedding(9, 5).eval().requires_grad_(False)
-
-
-class Times(Function):
-    """The identity, whose gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return g * ctx.factor, None
-
-
-def times(x: Tensor, factor: float) -> Tensor:
-    return Times.apply(x, factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def hooked(x: Tensor, factor: float) -> Tensor:

@@ -34,17 +34,15 @@ def paired(cotangents: list[Tensor], outputs: list[Tensor]) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def gradients(value: Tensor, given: list[Tensor], again: bool = False) -> list[Tensor]:
+def gradients(value: Tensor, given: list[Tensor]) -> list[Tensor]:
     """The gradient of a number by each tensor, 0 where it does not depend on one.
-
-    `again`: it will be asked for once more.
 
     Raises `TraceError` where torch has no derivative of an operation on the way.
     """
     if not value.requires_grad:
         return [torch.zeros_like(t) for t in given]
     try:
-        grads = torch.autograd.grad(value, given, retain_graph=again, allow_unused=True)
+        grads = torch.autograd.grad(value, given, allow_unused=True)
     except RuntimeError as error:
         if "derivative for" in str(error):  # torch has none: this backward never runs
             raise TraceError(words.no_gradient(error)) from error

@@ -7,6 +7,7 @@ leaf and element by element: an allowance for low precision, or one norm over al
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -56,11 +57,35 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
     if not learned and not any(map(is_ray, inputs)):
         return Own(problem=words.NOTHING_TO_COMPARE)
     try:
-        outputs, given, grads = _own_gradient(model, subject, inputs, traced, learned)
+        return _compared(model, subject, inputs, traced, learned)
+    except _DoesNotRun as error:
+        return Own(problem=words.own_does_not_run(error.raised))
+
+
+class _DoesNotRun(Exception):
+    """What the user's code raised."""
+
+    def __init__(self, raised: BaseException) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
+
+
+@contextmanager
+def _running(model: Any) -> Iterator[None]:
+    """The user's code runs within, in float64: a cache that keeps that is no longer the user's."""
+    try:
+        with lifted(), kept(model):
+            yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  it is the user's code that runs
-        return Own(problem=words.own_does_not_run(error))
+    except BaseException as error:
+        raise _DoesNotRun(error) from error
+
+
+def _compared(
+    model: Any, subject: Subject, inputs: list[Any], traced: Gradient, learned: dict[str, Tensor]
+) -> Own:
+    outputs, given, grads = _own_gradient(model, subject, inputs, traced, learned)
     rounding = _Rounding(subject, inputs, traced)
     if len(outputs) != len(traced.outputs) or not all(
         rounding.agree(ours, theirs, lambda other, i=i: other.outputs[i])
@@ -70,28 +95,23 @@ def compared(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) 
     values = given | learned
     own = _hooked(subject, dict(zip(values, grads, strict=True)))
     if _same(rounding, own, traced, values):
-        try:
-            return Own(
-                problem=_asleep(model, subject, inputs, traced) if traced.sleep.asleep else ""
-            )
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001  it is the user's code that runs
-            return Own(problem=words.own_does_not_run(error))
+        hidden = _asleep(model, subject, inputs, traced, learned) if traced.sleep.asleep else ""
+        return Own(problem=hidden)
     shares = _shares(subject, traced, own, values, _total(traced.cotangents, outputs))
     problem = words.MODIFIED_ASLEEP if traced.sleep.whole else ""
     return Own(True, shares, problem if shares else words.MODIFIED_BEHIND_A_TABLE)
 
 
-def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -> str:
+def _asleep(
+    model: Any, subject: Subject, inputs: list[Any], traced: Gradient, learned: dict[str, Tensor]
+) -> str:
     """Why the own gradient is not the traced one where no gradient reaches; "" where it is.
 
     All sleeping values are outputs at once; only where the gradients differ one by one, and each
     tensor against every value that it may be.
     """
-    learned = _leaves(model, subject, traced)
     seen = Seen({trait.shape for trait in traced.sleep.traits.values()})
-    with lifted(), kept(model):
+    with _running(model):
         call, given = _own_call(model, subject, inputs, traced)
         with seen:
             outputs = call()
@@ -105,7 +125,7 @@ def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -
         """Whether a gradient does, where these are outputs as well; or the tensor whose does."""
         added = [s.cotangent(balanced) for s, _ in some]
         edges = [s.found.edge for s in behind]
-        with lifted(), kept(model), heard(edges) as passed:
+        with _running(model), heard(edges) as passed:
             total = paired(traced.cotangents, outputs)
             grads = torch.autograd.grad(
                 [total, *(s.found.edge for s, _ in some)],  # type: ignore[arg-type]
@@ -130,7 +150,7 @@ def _asleep(model: Any, subject: Subject, inputs: list[Any], traced: Gradient) -
                 rounding.agree(g, theirs.by_value[n], lambda other, n=n: other.by_value[n])
                 for n in sleeper.names
             ):
-                with lifted(), kept(model):
+                with _running(model):
                     if not sleeper.passes_all():
                         return sleeper
         return False
@@ -191,7 +211,7 @@ def _own_gradient(
 ) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
     """A callable's outputs; its float inputs by name; the gradients of <c, f> by those inputs and
     then by `learned`, all by its own autograd."""
-    with lifted(), kept(model):  # in float64: a cache that keeps it is no longer the user's
+    with _running(model):
         call, given = _own_call(model, subject, inputs, traced)
         outputs = call()
         if [o.shape for o in outputs] != [c.shape for c in traced.cotangents]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from rich.text import Text
@@ -13,7 +12,8 @@ from ..errors import InputError
 from ..files import write_whole
 from ..zoo.compare import change, compared
 from ..zoo.pages import comma_separated, figure, html, markdown, parquet, summary, why
-from ..zoo.rows import Outcome, Row
+from ..zoo.rows import Outcome
+from ..zoo.sources import matches
 from ..zoo.store import reading, writing
 from .page import judging, show, table
 from .zoo import Format
@@ -24,7 +24,9 @@ def show_results(
 ) -> None:
     """Print those of these verdicts, and the counts of all that match."""
     with judging(traceback=traceback), reading(results) as store:
-        rows = [row for row in store.latest() if _matches(row, patterns)]
+        rows = store.latest()
+    if patterns:
+        rows = [row for row in rows if any(matches(row, pattern) for pattern in patterns)]
     titles = ("architecture", "as it is", "edited", "error", "edits", "in the way", "CPU s")
     made = table(*titles, unbroken="architecture")
     for row in rows:
@@ -34,10 +36,6 @@ def show_results(
             texts = (row.name, *judged, *counted, why(row, 2), figure(row.seconds, ".1f"))
             made.add_row(*map(Text, texts))
     show(made, Text(f"{summary(rows)}."))
-
-
-def _matches(row: Row, patterns: Sequence[str]) -> bool:
-    return not patterns or any(fnmatch(n, p) for n in (row.name, row.family) for p in patterns)
 
 
 def compare(old: Path, new: Path, traceback: bool) -> int:

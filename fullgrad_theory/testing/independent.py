@@ -306,9 +306,8 @@ class Tracker:
                 least = min(least, error)
                 if error < TOLERANCE:
                     if found.degree is not None or distance(tangents, values, 0.0) < FLAT:
-                        self.saturated.add(
-                            node.name
-                        )  # a norm of two elements is a sign, but for eps
+                        # a norm of two elements is a sign, but for eps
+                        self.saturated.add(node.name)
                     if any(self._steps(node, c[0], c[1], item) for c in chosen):
                         return Local(None, error)
                     return Local(1.0, error, tuple(c[0] for c in chosen), added)

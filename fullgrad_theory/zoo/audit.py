@@ -15,18 +15,20 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..check.completeness import check_completeness
-from ..check.report import FINE, NodeReport, Report
+from ..check.report import FINE, Report
+from ..check.words import dtype_name
+from ..graph.computation import ComputationGraph
 from ..graph.door import Inputs, Model
 from ..graph.sources import first_line
 from ..graph.tracing import trace
 from ..operators.algebra import Algebra
 from ..operators.calls import short_name
-from ..operators.registry import lookup
+from ..plan.labelling import degrees
 from .rows import Architecture, Options, Outcome, Row
 
 Build = Callable[[Architecture, bool], tuple[Model, Inputs]]
 """makes a model and its inputs, on the meta device where nothing is to be run (True)"""
-_LINEAR = (Algebra.STRUCTURAL, Algebra.AFFINE, Algebra.FREEZING, Algebra.FACTORY)
+_LINEAR = (Algebra.STRUCTURAL, Algebra.AFFINE)
 
 
 def audited(build: Build, options: Options, architecture: Architecture) -> Row:
@@ -43,7 +45,7 @@ def _stages(build: Build, options: Options, row: Row, architecture: Architecture
         row = replace(row, verdict=Outcome.RAISED, inputs=_shapes(inputs))
         graph = trace(model, inputs)
         before = check_completeness(graph, numeric=options.numeric, beside=())
-        row = replace(row, **_as_it_is(before))
+        row = replace(row, nonlinear=_nonlinear(graph), **_as_it_is(before))
         after = check_completeness(graph, policy=options.policy, numeric=options.numeric, beside=())
         return replace(row, **_edited(after))
     except BaseException as error:  # noqa: BLE001  no exit of theirs ends the run
@@ -57,9 +59,8 @@ def _as_it_is(report: Report) -> dict[str, Any]:
     return {
         "plain": Outcome.of(report.complete),
         "error_before": report.error,
-        "operations": _counted(node.op for node in broken),
+        "operations": _counted(short_name(node.op) for node in broken),
         "modules": _counted(re.sub(r"\b\d+\b", "*", node.module_path) for node in broken),
-        "nonlinear": sum(map(_is_nonlinear, report.nodes)),
     }
 
 
@@ -77,12 +78,16 @@ def _edited(report: Report) -> dict[str, Any]:
     }
 
 
-def _is_nonlinear(node: NodeReport) -> bool:
-    """By its class; a product is one where more than one of its factors moves."""
-    known = lookup(node.op)
-    if known is not None and known.algebra is Algebra.MULTILINEAR:
-        return "," in node.degree.partition("->")[0]
-    return known is None or known.algebra not in _LINEAR
+def _nonlinear(graph: ComputationGraph) -> int:
+    """How many live calls are not linear; a product is one where several of its factors move."""
+    labels = degrees(graph, ())
+    calls = [call for name, call in labels.live.calls.items() if name in labels.alive]
+    return sum(
+        len(call.moving) > 1
+        if call.operator.algebra is Algebra.MULTILINEAR
+        else call.operator.algebra not in _LINEAR
+        for call in calls
+    )
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
@@ -93,8 +98,7 @@ def _shapes(inputs: Inputs) -> str:
     """`1,3,224,224 1,8:int64`, as the command line takes them."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     return " ".join(
-        ",".join(map(str, t.shape))
-        + ("" if t.is_floating_point() else f":{str(t.dtype).removeprefix('torch.')}")
+        ",".join(map(str, t.shape)) + ("" if t.is_floating_point() else f":{dtype_name(t.dtype)}")
         for t in tensors
     )
 

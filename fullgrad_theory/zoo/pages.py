@@ -30,13 +30,8 @@ def figure(value: float | None, form: str = ".1e") -> str:
 
 def few(counted: Mapping[str, int], most: int = 3) -> str:
     """`25 x layer_norm, 12 x gelu, ...`: the most frequent."""
-    named = [f"{count} x {short(name)}" for name, count in list(counted.items())[:most]]
+    named = [f"{count} x {name}" for name, count in list(counted.items())[:most]]
     return ", ".join(named + ["..."] * (len(counted) > most))
-
-
-def short(name: str) -> str:
-    """An operation of torch as people call it; whatever else as it is."""
-    return name.removeprefix("aten.").removesuffix(".default")
 
 
 def cells(row: Row, most: int = 3) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import InputError, unknown_name
 from ..extras import require
 from . import torchvision_models, transformers_models
-from .rows import Architecture
+from .rows import Architecture, Row
 
 TIMM, TORCHVISION, TRANSFORMERS = SOURCES = ("timm", "torchvision", "transformers")
 _SMALL = "atto femto pico nano xxtiny xtiny tiny mini xxsmall xsmall small xxs xs s".split()
@@ -67,9 +67,9 @@ def chosen(
     Raises `UnknownNameError` for a pattern that matches nothing.
     """
     for pattern in patterns:
-        if not any(_matches(a, pattern) for a in found):
+        if not any(matches(a, pattern) for a in found):
             raise unknown_name("architecture", pattern, [a.name for a in found])
-    kept = [a for a in found if not patterns or any(_matches(a, p) for p in patterns)]
+    kept = [a for a in found if not patterns or any(matches(a, p) for p in patterns)]
     if one_per_family:
         families: dict[str, list[Architecture]] = {}
         for architecture in kept:
@@ -78,7 +78,8 @@ def chosen(
     return kept[shard.place - 1 :: shard.count]
 
 
-def _matches(architecture: Architecture, pattern: str) -> bool:
+def matches(architecture: Architecture | Row, pattern: str) -> bool:
+    """Whether its name or family is as the pattern says, with * and ?."""
     return fnmatch(architecture.name, pattern) or fnmatch(architecture.family, pattern)
 
 
